@@ -3,8 +3,9 @@
   pipar export runs/digits --output=digits.msgpack
 
 RUN is the folder of a run, one of its checkpoints, or a safetensors file with keys unit/path. The
-file holds nested dictionaries: for each unit the variables of its module by path, without personal
-weights (aggregation.personal), which are each device's own.
+file holds nested dictionaries: for each unit the variables of its module by path, frozen ones
+included, without personal weights (aggregation.personal), which are each device's own. What is
+missing is told.
 flax.serialization.msgpack_restore reads it, and flax.nnx.replace_by_pure_dict puts a unit's
 dictionary into the state of the module that the unit is.
 """
@@ -48,12 +49,12 @@ def main(names: list[str]) -> None:
     files.check_target(target, f"--output={target}")
     from flax import serialization
 
-    from pipar_jax.roles.start_weights import load_tensors, personal_of
+    from pipar_jax.roles.whole_weights import whole_weights
 
     tree: dict[str, Any] = {}
     with wrong_use():
-        tensors = load_tensors(run)
-    for name, array in tensors.items():
+        found = whole_weights(run)
+    for name, array in found.tensors.items():
         *groups, last = name.split("/")
         inner = tree
         for group in groups:
@@ -62,8 +63,10 @@ def main(names: list[str]) -> None:
     packed: bytes = serialization.msgpack_serialize(tree)
     files.write_bytes(target, packed, "choose another file with --output")
     print(f"wrote {len(tree)} units to {target}")
-    if personal := personal_of(run):
-        print(f"without {', '.join(personal)}: personal weights are each device's own")
+    if found.personal:
+        print(f"without {', '.join(found.personal)}: personal weights are each device's own")
+    if found.lacking:
+        print(f"without {found.lacking}")
 
 
 if __name__ == "__main__":

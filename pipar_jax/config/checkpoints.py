@@ -62,6 +62,21 @@ def state_folders(name: str, run: RunConfig, host: str) -> list[Path]:
     return [folder / HOST_STATES / host for folder in dict.fromkeys(folders)]
 
 
+def goes_on(config: Config) -> bool:
+    """Returns whether a run goes on from a checkpoint, and does not begin.
+
+    Args:
+      config: Resolved configuration.
+    """
+    wanted = resumed(config.name, config.run)
+    return wanted is not None and bool(_takeable(wanted))
+
+
+def _takeable(wanted: Resumed) -> list[int]:
+    """Returns the rounds of the checkpoints that may be taken, rising."""
+    return [n for n in rounds_kept(wanted.folder) if n <= (wanted.newest or n)]
+
+
 def rounds_kept(folder: Path) -> list[int]:
     """Returns the rounds after which a run has checkpoints that were written to their end, rising.
 
@@ -134,7 +149,7 @@ def check_resume(config: Config) -> None:
     wanted = resumed(config.name, config.run)
     if wanted is None:
         return
-    kept = [n for n in rounds_kept(wanted.folder) if n <= (wanted.newest or n)]
+    kept = _takeable(wanted)
     if not kept or wanted.newest not in (None, *kept):
         if wanted.required:
             raise ConfigError(
@@ -160,22 +175,26 @@ def check_resume(config: Config) -> None:
 
 
 def _check_longer(config: Config, facts: dict[str, Any], folder: Path) -> None:
-    """Refuses a run that is finished, unless it is to become longer.
+    """Refuses a run that is over, unless it is to become longer, or is to end for another reason.
 
     Raises:
-      ConfigError: It is not; the message says how long it was.
+      ConfigError: It is not; the message says how long it was, or why it has ended.
     """
     before = from_dict(facts["config"])
-    longer = config.epochs > before.epochs or config.run.rounds > before.run.rounds
-    if facts["finished"] and not longer:
-        field, done = "epochs", before.epochs
-        if before.run.rounds:
-            field, done = "run.rounds", before.run.rounds
-        now = config.run.rounds if before.run.rounds else config.epochs
+    field = "run.rounds" if before.run.rounds else "epochs"
+    done, now = ((one.run.rounds if before.run.rounds else one.epochs) for one in (before, config))
+    another = "or start another run from its weights with --config.model.weights"
+    if config.epochs > before.epochs or config.run.rounds > before.run.rounds:
+        return
+    if facts["finished"]:
         raise ConfigError(
             f"{folder} is finished, with {field}={done} ({facts['rounds']} rounds), and this run "
-            f"has {field}={now}: raise {field} above {done} to go on with it, or start another "
-            "run from its weights with --config.model.weights"
+            f"has {field}={now}: raise {field} above {done} to go on with it, {another}"
+        )
+    if (reason := facts.get("stopped")) is not None and config.stop == before.stop:
+        raise ConfigError(
+            f"{folder} has ended after {facts['rounds']} rounds, since {reason}: change stop.* or "
+            f"raise {field} above {done} to go on with it, {another}"
         )
 
 

@@ -84,9 +84,12 @@ def _check_start(config: Config) -> None:
             f"model.weights_match={match!r} chooses among the weights of model.weights, which is "
             "empty: name a run, a checkpoint or a file there"
         )
-    if weights and config.run.resume:
+    # With auto one command begins a run and goes on with it: what it begins from is for the start.
+    if weights and config.run.resume not in ("", "auto"):
         raise ConfigError(
-            "model.weights and run.resume both say where the run starts from: leave one empty"
+            f"model.weights={weights!r} and run.resume={config.run.resume!r} both say where the "
+            "run starts from: leave one empty, or write run.resume=auto, with which model.weights "
+            "is for the start alone"
         )
     when = config.stop.when
     if when and not re.fullmatch(r"[\w.]+:\w+", when):

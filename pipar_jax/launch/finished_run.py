@@ -14,7 +14,7 @@ import stages
 from comms.arrays import Array
 from pipar_jax import config as configuration
 from pipar_jax.config import Config
-from pipar_jax.config.checkpoints import HOST_STATES, PERSONAL, WEIGHTS
+from pipar_jax.config.checkpoints import HOST_STATES, PERSONAL, WEIGHTS, rounds_kept
 from pipar_jax.config.plugins import OWN
 from pipar_jax.config.tasks import make_task
 from pipar_jax.config.texts import whole_numbers
@@ -155,8 +155,8 @@ def load(folder: str | Path, model: Model | None = None, *, device: int | None =
         ``aggregation.personal``); None: the shared weights alone.
 
     Raises:
-      RunError: A file is missing or belongs to another model, the run's model was the user's own
-        and is not given, or the device has no personal weights here.
+      RunError: The run is not over, a file is missing or belongs to another model, the run's model
+        was the user's own and is not given, or the device has no personal weights here.
     """
     path, model = Path(folder), as_model(model, "load")
     try:
@@ -164,6 +164,12 @@ def load(folder: str | Path, model: Model | None = None, *, device: int | None =
         metrics = read_events(path / METRICS)
     except OSError as error:
         raise RunError(f"{path} is not the folder of a run: {describe_reading(error)}") from error
+    if not (path / WEIGHTS).exists() and (kept := rounds_kept(path)):
+        raise RunError(
+            f"{path} is not over and has no {WEIGHTS} yet: go on with it (run.resume=auto), or "
+            f"take the weights of its newest checkpoint, that after {kept[-1]} rounds (pipar "
+            "export, or another run's model.weights)"
+        )
     facts = checkpoint.facts(path / WEIGHTS)
     if model is None:
         if facts["recipe"] is None:

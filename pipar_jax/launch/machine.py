@@ -24,7 +24,7 @@ from pipar_jax.config import (
     RunConfig,
     schema,
 )
-from pipar_jax.config.checkpoints import read_facts, weights_of
+from pipar_jax.config.checkpoints import goes_on, read_facts, weights_of
 from pipar_jax.config.sink_names import TENSORBOARD, sink_names
 from pipar_jax.data.own import stored_samples
 from pipar_jax.disk.files import describe_reading, is_folder
@@ -71,7 +71,7 @@ def check(config: Config, names: Iterable[str] | None = None) -> None:
         _check_sinks(config.run.sinks)
         if config.stop.when:
             check_function(config.stop.when, "stop.when", *config.stop.when.split(":"))
-        if weights := config.model.weights:
+        if (weights := config.model.weights) and not goes_on(config):
             _check_weights(weights)
         check_module(config.data.test_source, "data.test_source")
     devices = [host for host in wanted if host.kind is HostKind.DEVICE]

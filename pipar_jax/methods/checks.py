@@ -19,12 +19,13 @@ from pipar_jax.config import (
 )
 from pipar_jax.config.plugins import check_args, check_named, check_pairs, is_own, read_args
 from pipar_jax.config.tasks import check_task
+from pipar_jax.config.texts import split_list
 from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.padding_checks import check_padding
 from pipar_jax.methods.personal_checks import check_personal
 from pipar_jax.methods.privacy_checks import check_privacy
-from pipar_jax.methods.registry import METHODS, Method, node_methods
+from pipar_jax.methods.registry import METHODS, Method, in_turns, node_methods, server_methods
 from pipar_jax.methods.robust_checks import check_robust
 from pipar_jax.methods.tuner_checks import check_tuner
 from pipar_jax.methods.unused_checks import check_unused
@@ -65,6 +66,7 @@ def check_registered(
         if method.pipelined:
             _check_micro_batches(config.data.batch_size, hosts)
     _check_cohort(config, method)
+    _check_proximal(config, method)
     check_robust(config, method)
     check_privacy(config, models, reads_data=reads_data)
     _check_pattern(config.aggregation.personal, "aggregation.personal")
@@ -282,3 +284,24 @@ def _check_cohort(config: Config, method: Method | None) -> None:
             "waits for all devices, so that none has finished before the others: leave it 0 (a "
             "silent device is lost after network.deadline_s)"
         )
+
+
+def _check_proximal(config: Config, method: Method | None) -> None:
+    """Checks that there is an average to which FedProx's term can pull."""
+    mu, given = config.aggregation.proximal_mu, split_list(config.tuner.methods)
+    chosen = given if method is None else (method.name,)
+    turns = [name for name in chosen if name in in_turns()]
+    if not mu or not turns:
+        return
+    if method is None:
+        field = f"tuner.methods={config.tuner.methods!r} may choose {turns[0]}, where"
+        rest = ",".join(name for name in given if name not in turns)
+        remedy = f"tuner.methods={rest}" if rest else "another method"
+    else:
+        field = f"with method={method.name}"
+        averaging = [name for name in server_methods() if name not in in_turns()]
+        remedy = f"a method that averages ({', '.join(averaging)})"
+    raise ConfigError(
+        f"aggregation.proximal_mu={mu:g} pulls weights to those of the last average, and {field} "
+        f"devices take turns and nothing is averaged: leave it 0, or use {remedy}"
+    )

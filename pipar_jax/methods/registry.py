@@ -78,6 +78,11 @@ def server_methods() -> tuple[str, ...]:
     return tuple(name for name, method in METHODS.items() if not method.uses_nodes)
 
 
+def in_turns() -> tuple[str, ...]:
+    """Returns the names of the methods whose devices train one after another: none averages."""
+    return tuple(name for name, method in METHODS.items() if method.order == Order.SEQUENTIAL)
+
+
 def node_methods() -> tuple[str, ...]:
     """Returns the names of the methods whose stages run on compute nodes."""
     return tuple(name for name, method in METHODS.items() if method.uses_nodes)

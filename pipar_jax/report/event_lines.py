@@ -113,7 +113,10 @@ LINES: dict[str, Callable[[Event], str]] = {
         f"{len(event['names'])} weights stay each device's own, and are not in the run's weights: "
         f"{', '.join(event['names'][:4])}{', …' if len(event['names']) > 4 else ''}"
     ),
-    "run_resumed": lambda event: f"goes on from the checkpoint after round {event['rounds']}",
+    "run_resumed": lambda event: (
+        f"goes on from the checkpoint after round {event['rounds']}"
+        + (f", and reads no {' or '.join(event['unread'])}" if event.get("unread") else "")
+    ),
     "checkpoint_skipped": lambda event: (
         f"the checkpoint after round {event['rounds']} is skipped: {event['reason']}"
     ),

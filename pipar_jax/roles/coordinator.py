@@ -18,6 +18,7 @@ from pipar_jax.config import Config
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import Interrupted, RunError
 from pipar_jax.protocol import messages
+from pipar_jax.protocol.values import SIGNATURE
 from pipar_jax.roles.chain_repair import ChainRepair
 from pipar_jax.roles.checkpoints import Checkpoints, Moment
 from pipar_jax.roles.conductor import Conductor
@@ -29,7 +30,8 @@ from pipar_jax.roles.holdings import Holdings
 from pipar_jax.roles.host_setup import HostSetup, samples_by_place
 from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.node_pool import NodePool
-from pipar_jax.roles.past import Past
+from pipar_jax.roles.past import Past, timetable
+from pipar_jax.roles.prepared_steps import PreparedSteps
 from pipar_jax.roles.private_rounds import PrivateRounds
 from pipar_jax.roles.round_results import RoundResults
 from pipar_jax.roles.round_start import RoundStart
@@ -37,7 +39,6 @@ from pipar_jax.roles.run_log import FetchStats, RunLog
 from pipar_jax.roles.start_weights import first_variables
 from pipar_jax.roles.state_exchange import StateExchange
 from pipar_jax.roles.stop_rule import StopRule
-from pipar_jax.roles.timetable import Timetable
 from pipar_jax.runtime import exchanges
 from pipar_jax.runtime.host import Host
 from pipar_jax.schedule.plan import (
@@ -78,7 +79,8 @@ class Coordinator:
       members: The devices and compute nodes, admitted.
       evaluator: Scores the global weights.
       run_log: Takes what each round reports, and tells of it.
-      save: Takes the final weights and batch statistics by unit, as soon as they are known.
+      save: Takes the final weights and batch statistics by unit, as soon as they are known, and
+        after how many rounds.
       script: Plans of the rounds, from the first on; empty: as configured.
       checkpoints: Keeps the run on disk.
       start: What it begins from, and what ends it early.
@@ -92,7 +94,7 @@ class Coordinator:
         members: Membership,
         evaluator: Evaluator,
         run_log: RunLog,
-        save: Callable[[Variables, Variables], None],
+        save: Callable[[Variables, Variables, int], None],
         script: Sequence[Plan],
         checkpoints: Checkpoints,
         start: Start,
@@ -103,28 +105,28 @@ class Coordinator:
         self._population, self._gathering = members.population, Gathering(config, members)
         kept = None if start.past is None else start.past.kept
         self._kept, self._checkpoints, self._start = kept, checkpoints, start
+        facts: JsonObject = {} if kept is None else kept.facts
         if kept is not None:
-            self._population.recall(kept.facts["population"], time.monotonic())
+            self._population.recall(facts["population"], time.monotonic())
         places, sampled = members.hosts.places, members.hosts.sampled
         samples = samples_by_place(self._population, places, sampled=sampled)
-        kept_plan = None if kept is None else Plan.from_dict(kept.facts["plan"])
+        kept_plan = None if kept is None else Plan.from_dict(facts["plan"])
         plan, surveyed = first_plan(
             config, model, members, script, samples, kept_plan, self._gathering.upcoming
         )
-        self._begun_with = (
-            [one.steps for one in self._population] if kept is None else kept.facts["steps"]
-        )
-        self._table = Timetable(config.epochs, config.run.rounds, plan, self._begun_with)
+        self._begun_with = facts.get("steps") or [one.steps for one in self._population]
+        self._table = timetable(config, plan, self._begun_with, facts)
         self._private = PrivateRounds(config, plan, self._population, self._table)
         present = [members.by_name[name].identity for name in self._population.present()]
-        self._private.begin(None if kept is None else kept.facts.get("private"), present)
+        self._private.begin(facts.get("private"), present)
         self._gathering.check_rounds(self._table.rounds)
         if plan.sums_gradients:  # raises PlanError: such devices step together
             rounds(plan, [one.steps for one in self._population], 1)
         self._adaptation = make_adaptation(
             config, model, host, members, script, plan, self._table.rounds, surveyed
         )
-        params, state = first_variables(model, config)
+        # What a run goes on from is in its checkpoint, wherever it began.
+        params, state = first_variables(model, config) if kept is None else model.init(config.seed)
         self._aggregator = Aggregator(config.aggregation, shared(model, params), state)
         self._score: dict[str, float] = {}
         self._holdings = Holdings(model, config)
@@ -133,9 +135,13 @@ class Coordinator:
         self._conductor = Conductor(config, model.unit_names, plan, host, members, self._states)
         profile = None if surveyed is None else surveyed.profile
         self._pool = NodePool(config, model, profile, members, host)
+        self._prepared_steps = PreparedSteps(
+            self._population, places, sampled=sampled, kept=facts.get("prepared")
+        )
         self._setup = HostSetup(
-            config, model, plan, samples, self._table, host, members, self._pool, self._gathering,
-            checkpoints, self._private, self._holdings, self._conductor, run_log,
+            config, model, plan, samples, self._table, self._prepared_steps, host, members,
+            self._pool, self._gathering, checkpoints, self._private, self._holdings,
+            self._conductor, run_log,
         )  # fmt: skip
         self._repair = ChainRepair(
             config, model.unit_names, self._aggregator, members, self._pool, self._gathering,
@@ -148,7 +154,7 @@ class Coordinator:
         self._results = RoundResults(
             config, model, host, members, self._setup, self._conductor.relay, self._aggregator,
             self._states, self._table, self._private, run_log,
-            [1.0] * places if kept is None else kept.facts["demand"],
+            facts.get("demand") or [1.0] * places,
         )  # fmt: skip
         if plan.order == Order.SEQUENTIAL:
             self._conductor.relay.client_model = self._round_start.initial_client_model()
@@ -175,7 +181,7 @@ class Coordinator:
         """
         self._setup.prepare(self._aggregator)
         self._take_up()
-        steps = self._setup.preparation().steps
+        steps = self._setup.preparation(COORDINATOR).steps
         self._run_log.begin(self.plan, self._table, steps, self._first)
         if (promise := self._private.promise()) is not None:
             self._members.tell(promise)
@@ -228,11 +234,11 @@ class Coordinator:
         Raises:
           Interrupted: The run was asked to end, and is kept.
         """
-        finished = last = index + 1 == self._table.rounds
+        last = index + 1 == self._table.rounds
         rule, checkpoints = self._start.stop_rule, self._checkpoints
         self._score = {}
         evaluated = rule.reason is not None or self._is_evaluated(index)
-        copied = self._repair.copies.are_due(index + 1) and not finished
+        copied = self._repair.copies.are_due(index + 1) and not last
         if copied:
             self._run_log.nodes_copied(index, self._repair.fetch(index + 1, optimizers=True))
         if evaluated:
@@ -243,19 +249,13 @@ class Coordinator:
         if rule.reason is not None:
             last = True
             self._members.tell({"event": "stopped", "round": index, "reason": rule.reason})
-            self._save(self._aggregator.params, self._aggregator.state)
+            self._save(self._aggregator.params, self._aggregator.state, index + 1)
         finish = self._start.finish.is_set() and checkpoints.wanted and not last
         if checkpoints.is_due(index + 1) or (checkpoints.wanted and (last or finish)):
-            facts = {
-                "demand": list(self._results.demand),
-                "steps": self._begun_with,
-                "population": self._population.records(),
-                "private": self._private.facts,
-                "finished": finished,
-            }
             handed_on = self._conductor.relay.client_model
             moment = Moment(
-                index + 1, self.plan, self._aggregator, self._repair.copies, handed_on, facts
+                index + 1, self.plan, self._aggregator, self._repair.copies, handed_on,
+                self._facts(index + 1),
             )  # fmt: skip
             checkpoints.take(moment, self._idle, self._states, self._members, self._score)
         if finish:
@@ -266,6 +266,23 @@ class Coordinator:
                 "with --config.run.resume=auto"
             )
         return last
+
+    def _facts(self, rounds: int) -> JsonObject:
+        """Returns what a checkpoint holds of the run beside its arrays, JSON-ready."""
+        base = self._setup.preparation(COORDINATOR).base
+        return {
+            "demand": list(self._results.demand),
+            "steps": self._begun_with,
+            "ends": self._table.ends_after(rounds),
+            "prepared": self._prepared_steps.facts,
+            "population": self._population.records(),
+            "private": self._private.facts,
+            "finished": rounds == self._table.rounds,
+            "stopped": self._start.stop_rule.reason,
+            "signature": SIGNATURE.write(self._model.signature),
+            "frozen": {unit.name: sorted(unit.frozen) for unit in self._model.units if unit.frozen},
+            "base": dict(zip(self._model.unit_names, base, strict=False)),
+        }
 
     # --- before the first round ---------------------------------------------------------------
 
@@ -366,7 +383,7 @@ class Coordinator:
         """Scores the global weights, the last ones once they are saved; it belongs to no round."""
         variables = self._aggregator.params, self._aggregator.state
         if index + 1 == self._table.rounds:
-            self._save(*variables)  # before anything else can go wrong
+            self._save(*variables, index + 1)  # before anything else can go wrong
         self._members.working("evaluating")
         start_s = time.monotonic()
         local, on = None, self._config.run.evaluate_on

@@ -19,6 +19,7 @@ from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.node_copies import NodeCopies
 from pipar_jax.roles.node_pool import NodePool
 from pipar_jax.roles.population import Population
+from pipar_jax.roles.prepared_steps import PreparedSteps
 from pipar_jax.roles.private_rounds import PrivateRounds
 from pipar_jax.roles.run_log import RunLog
 from pipar_jax.roles.state_exchange import StateExchange
@@ -70,6 +71,7 @@ class HostSetup:
       plan: The plan that the run begins with.
       samples: Samples of an epoch in each place.
       table: Who takes which steps.
+      prepared: How many steps each host was told of.
       host: The host in this process.
       members: The devices and compute nodes.
       pool: The compute nodes that are ready.
@@ -88,6 +90,7 @@ class HostSetup:
         plan: Plan,
         samples: tuple[int, ...],
         table: Timetable,
+        prepared: PreparedSteps,
         host: Host,
         members: Membership,
         pool: NodePool,
@@ -99,6 +102,7 @@ class HostSetup:
         run_log: RunLog,
     ) -> None:
         self._config, self._model, self._table, self._host = config, model, table, host
+        self._prepared_steps = prepared
         self._members, self._pool, self._gathering = members, pool, gathering
         self._checkpoints, self._private, self._holdings = checkpoints, private, holdings
         self._conductor, self._run_log = conductor, run_log
@@ -161,9 +165,9 @@ class HostSetup:
             self._warn(name)
         began = time.monotonic()
         self._members.working("compiling")
-        prepare = self.preparation()
         for name in workers:
-            self._members.send(name, prepare)
+            self._members.send(name, self.preparation(name))
+        prepare = self.preparation(COORDINATOR)
         self._host.prepare(self.plan, prepare.samples, prepare.steps)
         if self.plan.order == Order.PARALLEL:
             aggregator.compile()
@@ -181,11 +185,9 @@ class HostSetup:
         self._prepared = True
         self._run_log.prepared(compile_s, seconds, needs)
 
-    def preparation(self) -> messages.Prepare:
-        """Returns what every host is told of the plan."""
-        most = max(one.steps for one in self._population)
-        known = {one.index: one.steps for one in self._population}
-        steps = [most if self._sampled else known.get(p, most) for p in range(self._places)]
+    def preparation(self, name: str) -> messages.Prepare:
+        """Returns what a host is told of the plan."""
+        steps = self._prepared_steps.of(name)
         return messages.Prepare(
             self.plan,
             self.samples,
@@ -202,7 +204,7 @@ class HostSetup:
         if is_node(name):
             self._admit_bundles((self.plan,), name)
             self._warn(name)
-            self._members.send(name, self.preparation())
+            self._members.send(name, self.preparation(name))
             self._pool.preparing.add(name)
             return
         who = self._members.by_name[name].identity
@@ -216,7 +218,7 @@ class HostSetup:
         if not self._sampled:
             self.samples = samples_by_place(self._population, self._places, sampled=False)
         self._warn(name)
-        self._members.send(name, self.preparation())
+        self._members.send(name, self.preparation(name))
         self._gathering.prepares(name)
 
     def _expect(self, *plans: Plan) -> None:
@@ -238,7 +240,8 @@ class HostSetup:
         seat = self._members.hosts.first_seat(name)
         tensor_bytes = self._members.links.acceptance.tensor_bytes(seat)
         steps = max(one.steps for one in self._population)
-        widest = self._table.spans(0, [Turn(place, 0, steps) for place in range(self._places)])
+        turns = [Turn(place, 0, steps) for place in range(self._places)]
+        widest = self._table.spans(self._table.widest, turns)
         self._members.by_name[name].link.admit(
             self._holdings.allowance(plans, seat, [widest], tensor_bytes)
         )

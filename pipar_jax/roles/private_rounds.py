@@ -25,7 +25,6 @@ from pipar_jax.roles.admission import Identity
 from pipar_jax.roles.population import Population, Registered
 from pipar_jax.roles.timetable import Timetable
 from pipar_jax.runtime.update_transforms import (
-    UpdateNoise,
     arrive,
     compile_transforms,
     update_transforms,
@@ -66,7 +65,7 @@ class PrivateRounds:
         self._told: dict[str, float] = {}  # what they came to when a device last spoke of its own
         self._guarantees: dict[tuple[int, int], Guarantee] = {}
         self._epsilons: dict[str, float] = {}
-        self._noise: UpdateNoise | None = None
+        self._noise: ServerNoise | None = None
         if config.privacy.of_users and config.privacy.noise_at == "server":
             self._noise = ServerNoise(config)
         self._transforms = update_transforms(config, self._noise)
@@ -121,35 +120,36 @@ class PrivateRounds:
                 raise RunError(f"{long_name(who.name)} cannot go on: {why_not}")
 
     def admit(self, who: Identity) -> str | None:
-        """Takes what a device that joins says of its ledger.
+        """Takes what a device that joins says of its ledger, or what the server has for it.
 
         Returns:
           Why it is refused, or None. A device whose ledger lacks what this run has seen released
           would spend its budget twice, and what else was in the ledger nobody knows: it does not
           go on from the run's record alone.
         """
-        if not self._keeps_ledgers or not is_device(who.name):
+        if not self._privacy.on or not is_device(who.name):
             return None
-        known = self._told.get(who.name, 0.0)
-        if not who.spent >= known * (1 - 1e-9):
+        known, spent, epsilon = self._told.get(who.name, 0.0), who.spent, who.epsilon
+        one, folder = self._population[who.index], who.name
+        if self._noise is not None:
+            spent, epsilon = self._noise.spent(who.index), self._noise.epsilon(who.index)
+            folder = f"{COORDINATOR}/{who.name}"
+        if not spent and one.rounds:  # whatever a checkpoint of an earlier version says of it
+            known = max(known, self._spending(one).spent)
+        if not spent >= known * (1 - 1e-9):
             spends = ACCOUNTANTS[self._privacy.accountant]
             delta = self._privacy.delta
             return (
-                f"its ledger comes to epsilon {spends(max(who.spent, 0.0), delta):.4g}, and this "
+                f"its ledger comes to epsilon {spends(max(spent, 0.0), delta):.4g}, and this "
                 f"run has seen it release {spends(known, delta):.4g}: restore "
-                f"{LEDGER} in its folder hosts/{who.name}, or begin a run under another name and "
+                f"{LEDGER} in the folder hosts/{folder}, or begin a run under another name and "
                 "account for both yourself"
             )
-        self._take_ledger(who.name, who.spent, who.epsilon)
+        self._take_ledger(who.name, spent, epsilon)
         return None
 
-    @property
-    def _keeps_ledgers(self) -> bool:
-        """Whether devices keep ledgers of their own, and not the server for them."""
-        return self._privacy.on and self._noise is None
-
     def _take_ledger(self, name: str, spent: float, epsilon: float) -> None:
-        """Takes what a device's ledger comes to."""
+        """Takes what a device's ledger comes to, whoever keeps it."""
         one = self._population[host_index(name)]
         self._more[one.index] = max(0.0, spent - self._spending(one).spent)
         self._told[name] = max(spent, self._told.get(name, 0.0))
@@ -158,7 +158,7 @@ class PrivateRounds:
 
     def close(self) -> None:
         """Closes the ledgers that are kept here. Idempotent."""
-        if isinstance(self._noise, ServerNoise):
+        if self._noise is not None:
             self._noise.close()
 
     def why_not(
@@ -213,7 +213,7 @@ class PrivateRounds:
           devices: Whose they are.
           index: The round.
         """
-        if isinstance(self._noise, ServerNoise):
+        if self._noise is not None:
             self._noise.devices, self._noise.clip = tuple(devices), self.clip or self._noise.clip
         return arrive(self._transforms, start, contributions, index)
 
@@ -229,14 +229,17 @@ class PrivateRounds:
         if self._clip is not None:
             rounds = [said[name].round for name in counted]
             normal = 0.0
-            if isinstance(self._noise, ServerNoise) and rounds:
+            if self._noise is not None and rounds:
                 normal = self._noise.count_noise(rounds[0])
             self._clip.adapt([said[name].within for name in counted], normal)
-        for name, stored in said.items():
-            if is_device(name) and self._keeps_ledgers:
-                self._take_ledger(name, stored.spent, stored.epsilon)
-        if isinstance(self._noise, ServerNoise):
-            self._epsilons |= self._noise.epsilons()
+        if self._noise is None:
+            for name, stored in said.items():
+                if is_device(name):
+                    self._take_ledger(name, stored.spent, stored.epsilon)
+            return
+        for device in self._noise.devices:
+            spent, epsilon = self._noise.spent(device), self._noise.epsilon(device)
+            self._take_ledger(device_name(device), spent, epsilon)
 
     @property
     def figures(self) -> JsonObject:
@@ -304,17 +307,48 @@ class ServerNoise:
             ledger.close()
 
     def enter_update(self) -> None:
-        """See ``UpdateNoise``."""
+        """See ``UpdateNoise``.
+
+        Raises:
+          DiskError: A ledger cannot be written.
+          RunError: A ledger cannot be read, or a device's budget does not allow it.
+        """
+        entry, privacy = policy.update_entry(self._guarantee.cost), self._config.privacy
         for device in self.devices:
-            if device not in self._ledgers:
-                name = device_name(device)
-                folder, *earlier = (
-                    one / name
-                    for one in state_folders(self._config.name, self._config.run, COORDINATOR)
+            if self._ledger(device).spending.spent_after(entry) > self._guarantee.limit:
+                raise RunError(
+                    f"the average would release device {device} beyond privacy.epsilon="
+                    f"{privacy.epsilon:g}, of which epsilon {self.epsilon(device):.4g} is spent: "
+                    "the run ends here; releases of earlier parts of the run and repeated rounds "
+                    "count"
                 )
-                self._ledgers[device] = PrivacyLedger(folder, tuple(earlier))
-            entry = policy.update_entry(self._guarantee.cost)
-            self._ledgers[device].add(entry, self._guarantee.releases)
+        for device in self.devices:
+            self._ledger(device).add(entry, self._guarantee.releases)
+
+    def _ledger(self, device: int) -> PrivacyLedger:
+        """Returns the ledger of a device, which goes on where an earlier part of the run ended."""
+        if device not in self._ledgers:
+            config, name = self._config, device_name(device)
+            folders = state_folders(config.name, config.run, COORDINATOR)
+            folder, *earlier = (one / name for one in folders)
+            self._ledgers[device] = PrivacyLedger(folder, tuple(earlier))
+        return self._ledgers[device]
+
+    def spent(self, device: int) -> float:
+        """Returns what the releases of a device come to, as mu**2.
+
+        Raises:
+          RunError: Its ledger cannot be read, or is damaged.
+        """
+        return self._ledger(device).spending.spent
+
+    def epsilon(self, device: int) -> float:
+        """Returns the epsilon of what was released of a device.
+
+        Raises:
+          RunError: Its ledger cannot be read, or is damaged.
+        """
+        return policy.epsilon_of(self._config.privacy, self._ledger(device).spending)
 
     def update_noise(self, round_: int, numbers: int) -> Noise:
         """See ``UpdateNoise``."""
@@ -333,10 +367,3 @@ class ServerNoise:
         if not self._config.privacy.reproducible:
             return self._source
         return NoiseSource(reproducible_key(self._config.seed, COORDINATOR, *what))
-
-    def epsilons(self) -> dict[str, float]:
-        """Returns for each device the epsilon of what was released of it."""
-        return {
-            device_name(device): policy.epsilon_of(self._config.privacy, ledger.spending)
-            for device, ledger in self._ledgers.items()
-        }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -9,9 +10,9 @@ from pipar_jax import config
 from pipar_jax.config import Config, membership_script
 from pipar_jax.config.checkpoints import WEIGHTS
 from pipar_jax.disk.event_log import Event, EventLog
-from pipar_jax.disk.files import make_folder, write_text
+from pipar_jax.disk.files import make_folder, refused, unused, write_text
 from pipar_jax.disk.json_text import JsonMapping, JsonObject, dumps
-from pipar_jax.errors import DiskError
+from pipar_jax.errors import DiskError, RunError
 from pipar_jax.training import checkpoint
 from stages.trees import Arrays
 
@@ -82,6 +83,25 @@ class RunFolder:
           DiskError: They cannot be written.
         """
         checkpoint.save(self.path / WEIGHTS, params, state, meta)
+
+    def put_weights_away(self) -> None:
+        """Gives weights that are there another name: the run goes on, and they are of before.
+
+        Whoever reads the weights of a run takes its newest checkpoint until it is over again. Those
+        of after 10 rounds are ``weights-10.safetensors`` then.
+
+        Raises:
+          DiskError: They cannot be renamed.
+        """
+        path = self.path / WEIGHTS
+        if not path.exists():
+            return
+        rounds: int | None = None
+        with contextlib.suppress(RunError):  # damaged, but the user's
+            rounds = checkpoint.facts(path).get("rounds")
+        with refused(path):
+            name = f"{path.stem}-{'before' if rounds is None else rounds}"
+            path.rename(unused(self.path, name, path.suffix))
 
 
 class Record:

@@ -197,7 +197,8 @@ class RunLog:
             self._lose_trace(error)
 
     def start_round(self) -> None:
-        """Records the links' counters before a round."""
+        """Records the links' counters before a round; from now on older weights are stale."""
+        self._folder.put_weights_away()
         self._traffic.start()
 
     def add_trace(self, host: str, rows: Sequence[Timed], offset_s: float) -> None:

@@ -108,8 +108,9 @@ def run_server(
             tell(event)
         if names := personal_names(network):
             tell({"event": "personal", "names": names})
-        if past is not None:
-            tell({"event": "run_resumed", "rounds": past.rounds})
+        if past is not None and past.kept is not None:
+            unread = ["model.weights"] if config.model.weights else []
+            tell({"event": "run_resumed", "rounds": past.rounds, "unread": unread})
         return _serve(
             config, network, dataset, folder, record, tell, stop or threading.Event(), script,
             Start(past, stop_rule, finish or threading.Event()),
@@ -256,9 +257,9 @@ def _conduct(
 ) -> JsonObject:
     """Runs the coordinator once all members are there; returns the event ``run_finished``."""
 
-    def save(params: Variables, state: Variables) -> None:
+    def save(params: Variables, state: Variables, rounds: int) -> None:
         tell({"event": "saving", "file": WEIGHTS})
-        facts = _facts(model, dataset) | {"run": checkpoints.run}
+        facts = _facts(model, dataset) | {"run": checkpoints.run, "rounds": rounds}
         folder.save_weights(model.completed(params), state, facts)
 
     rows = () if start.past is None else start.past.rows

@@ -11,13 +11,13 @@ import numpy as np
 
 from comms.arrays import Array
 from pipar_jax.config import Config
-from pipar_jax.config.checkpoints import CHECKPOINTS, WEIGHTS, weights_of
+from pipar_jax.config.checkpoints import weights_of
 from pipar_jax.config.texts import split_list
-from pipar_jax.errors import ConfigError, RunError
+from pipar_jax.errors import ConfigError
 from pipar_jax.protocol.values import EVERY
-from pipar_jax.roles.checkpoint_store import read
+from pipar_jax.roles.checkpoint_store import Kept, read
 from pipar_jax.training.base_weights import to_units
-from pipar_jax.training.checkpoint import facts, read_tensors, sort_tensors
+from pipar_jax.training.checkpoint import read_tensors, sort_tensors
 from stages import Model
 from stages.personal import personal_paths
 
@@ -120,27 +120,15 @@ def load_tensors(path: Path) -> Mapping[str, Array]:
       RunError: They cannot be read.
     """
     where, rounds = weights_of(path, str(path))
-    if rounds is not None:
-        kept = read(where, rounds).tensors
-        prefixes = f"{EVERY}/params/", f"{EVERY}/state/"
-        return {
-            name.removeprefix(prefix): array
-            for name, array in kept.items()
-            for prefix in prefixes
-            if name.startswith(prefix)
-        }
-    return read_tensors(where)
+    return read_tensors(where) if rounds is None else global_tensors(read(where, rounds))
 
 
-def personal_of(path: Path) -> tuple[str, ...]:
-    """Returns the names of the personal weights that a run's weights lack; of a plain file none.
-
-    Args:
-      path: The folder of a run, one of its checkpoints, or a file.
-    """
-    folder = path.parent.parent if path.parent.name == CHECKPOINTS else path
-    file = folder if folder.is_file() else folder / WEIGHTS
-    try:
-        return tuple(facts(file)["personal"])
-    except (RunError, KeyError):  # not one of ours, or the run is not over
-        return ()
+def global_tensors(kept: Kept) -> Mapping[str, Array]:
+    """Returns the global weights and statistics of a checkpoint, by ``unit/path``."""
+    prefixes = f"{EVERY}/params/", f"{EVERY}/state/"
+    return {
+        name.removeprefix(prefix): array
+        for name, array in kept.tensors.items()
+        for prefix in prefixes
+        if name.startswith(prefix)
+    }

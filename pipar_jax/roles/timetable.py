@@ -34,23 +34,34 @@ class Timetable:
 
     Attributes:
       rounds: Number of rounds.
+      widest: A round than which none to come has more steps.
 
     Args:
       epochs: Number of epochs.
       rounds: Number of rounds instead; 0 for as many as the epochs have.
       plan: The plan, which defines when weights are averaged or handed on.
       steps: Steps in an epoch of each device that was present when the run began.
+      ends: What ``ends_after`` returned of the part of the run before this one.
     """
 
-    def __init__(self, epochs: int, rounds: int, plan: Plan, steps: Sequence[int]) -> None:
+    def __init__(
+        self,
+        epochs: int,
+        rounds: int,
+        plan: Plan,
+        steps: Sequence[int],
+        ends: Sequence[Sequence[int]] = (),
+    ) -> None:
         self._plan = plan
         self._longest = longest = max(steps)
-        every = plan.aggregate_every
-        by_steps = plan.order == Order.PARALLEL and every > 0
-        per_epochs = math.ceil(longest * epochs / every) if by_steps else epochs
-        self.rounds = rounds or per_epochs
-        self._total = longest * epochs if by_steps and not rounds else 0
-        self._every = every if by_steps else 0
+        by_steps = plan.order == Order.PARALLEL and plan.aggregate_every > 0
+        self._every = every = plan.aggregate_every if by_steps else 0
+        self._ends = [(one, taken) for one, taken in ends]
+        last, taken = max(self._ends, default=(0, 0))
+        self.widest, self._total, self.rounds = last, 0, rounds or epochs
+        if by_steps:
+            self._total = taken + (rounds - last) * every if rounds else longest * epochs
+            self.rounds = rounds or last + math.ceil((self._total - taken) / every)
 
     def steps(self, of_epoch: int) -> int:
         """Returns the steps of a device in the whole run, if it takes part in all rounds.
@@ -58,7 +69,7 @@ class Timetable:
         Args:
           of_epoch: Steps in its epoch.
         """
-        return self._total or self.rounds * (self._every or of_epoch)
+        return self._total if self._every else self.rounds * of_epoch
 
     def epochs(self, rounds: int) -> float:
         """Returns how often the first rounds pass over the samples of the largest device.
@@ -66,18 +77,35 @@ class Timetable:
         Args:
           rounds: Number of rounds.
         """
-        if not self._every:
-            return float(rounds)
-        steps = rounds * self._every
-        return (min(steps, self._total) if self._total else steps) / self._longest
+        return self._over(rounds) / self._longest if self._every else float(rounds)
 
     def length(self, index: int, of_epoch: int) -> int:
         """Returns the steps of a device in a round."""
-        if not self._every:
-            return of_epoch
-        if self._total:
-            return min(self._every, self._total - index * self._every)
-        return self._every
+        return self._over(index + 1) - self._over(index) if self._every else of_epoch
+
+    def ends_after(self, rounds: int) -> list[list[int]]:
+        """Returns which of the first rounds were shorter than others, for the rounds that follow.
+
+        The last round of a run may be shorter. If the run goes on all the same, the next round
+        begins where that one has ended, and not where a whole one would have.
+
+        Args:
+          rounds: Number of rounds.
+
+        Returns:
+          For each shorter round how many rounds are over with it, and how many steps, JSON-ready.
+        """
+        ends = [one for one in self._ends if one[0] <= rounds]
+        last, taken = max(ends, default=(0, 0))
+        if (over := self._over(rounds)) < taken + (rounds - last) * self._every:
+            ends.append((rounds, over))
+        return [list(one) for one in ends]
+
+    def _over(self, rounds: int) -> int:
+        """Returns the steps in the first rounds, where a round is a number of steps."""
+        last, taken = max((one for one in self._ends if one[0] <= rounds), default=(0, 0))
+        most = min((steps for one, steps in self._ends if one > rounds), default=self._total)
+        return min(taken + (rounds - last) * self._every, most)
 
     def spans(self, index: int, turns: Sequence[Turn]) -> tuple[Span, ...]:
         """Returns the spans of a round, in the order of places.

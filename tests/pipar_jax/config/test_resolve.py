@@ -19,7 +19,7 @@ from pipar_jax.config.slowdown import Slowdown
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.registry import METHODS, hosts_of, uses_nodes
 from pipar_jax.methods.resolution import resolve
-from pipar_jax.schedule.plan import HostKind
+from pipar_jax.schedule.plan import HostKind, Order
 
 
 def test_the_defaults_are_a_configuration() -> None:
@@ -59,6 +59,32 @@ def test_fields_of_the_cohort_that_do_not_go_together_are_told(fields: dict, say
         setattr(holder, name, value)
     with pytest.raises(ConfigError, match=says):
         resolve(config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fedprox_is_refused_where_nothing_is_averaged(method: str) -> None:
+    config = Config(method=method)
+    config.aggregation.proximal_mu = 0.1
+    if uses_nodes(method):
+        config.nodes.count = 1
+    if METHODS[method].one_device:
+        config.devices.count = 1
+    if METHODS[method].order != Order.SEQUENTIAL:
+        resolve(config)
+        return
+    says = rf"^aggregation\.proximal_mu=0\.1 .* method={method} devices take turns .*: leave it 0"
+    with pytest.raises(ConfigError, match=says):
+        resolve(config)
+
+
+def test_fedprox_is_refused_where_the_tuner_may_choose_to_average_nothing() -> None:
+    config = Config(method="auto")
+    config.aggregation.proximal_mu = 0.1
+    says = r"tuner\.methods='fl,sl,sfl,pipar' may choose sl, .* tuner\.methods=fl,sfl,pipar$"
+    with pytest.raises(ConfigError, match=says):
+        resolve(config)
+    config.tuner.methods = "fl,sfl,pipar"
+    resolve(config)
 
 
 @pytest.mark.parametrize(

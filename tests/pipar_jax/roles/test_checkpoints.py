@@ -88,16 +88,17 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(double, method
     assert times == sorted(times)
 
 
-def test_a_run_from_before_personal_weights_and_records_of_privacy_is_read_and_goes_on(tmp_path):
+def test_a_run_of_an_earlier_version_is_read_and_goes_on(tmp_path):
     made = setting(tmp_path, "fl", epochs=1, every_rounds=1)
     first = support.trained(made, SAMPLES)
     path = first.folder / CHECKPOINTS / "1" / FACTS / "metadata"
     facts = json.loads(path.read_text(encoding="utf-8"))
-    del facts["private"]
+    for later in ("private", "ends", "prepared", "stopped", "signature", "frozen", "base"):
+        del facts[later]
     path.write_text(json.dumps(facts), encoding="utf-8")
     weights = first.folder / WEIGHTS
     header = checkpoint.facts(weights)
-    del header["personal"]
+    del header["personal"], header["rounds"]
     write_tensors(weights, checkpoint.read_tensors(weights), {"pipar_jax": json.dumps(header)})
     assert_equal(load(first.folder, first.model), first)
     assert rounds_of(support.trained(resumed(made, 2), SAMPLES)) == [0, 1]
@@ -241,6 +242,7 @@ def test_other_data_are_refused(double, kept, tmp_path):
     data[0], data[1] = data[1], data[0]
     with pytest.raises(ConfigError, match=r"samples of d[01] .* fingerprint"):
         api.run_here(api.resolve(made), data=data, on_event=lambda event: None)
+    assert (tmp_path / "run" / WEIGHTS).is_file()  # nothing has begun
 
 
 def test_a_finished_run_and_a_missing_one_are_refused(double, kept, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from pipar_jax.config import Config
@@ -70,3 +72,31 @@ def test_epochs_are_what_the_rounds_pass_over(plan, given, steps):
         [steps / longest for steps in taken]
     )
     assert table.epochs(table.rounds) == pytest.approx(table.steps(longest) / longest)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("steps", [(5, 5, 5), (3, 7, 1)])
+@pytest.mark.parametrize("parts", [(1, 2), (1, 2, 3), (1, 3), (2, 5)])
+def test_a_run_that_is_made_longer_takes_all_of_its_steps(plan, steps, parts):
+    """Also where the last round of a part is shorter: the next one begins where that has ended."""
+    ends, first, taken, longest = [], 0, [0], max(steps)
+    for epochs in parts:
+        table = Timetable(epochs, 0, plan, steps, ends)
+        lengths = [table.length(index, longest) for index in range(table.rounds)]
+        assert lengths[:first] == [b - a for a, b in itertools.pairwise(taken)]
+        for length in lengths[first:]:
+            assert 0 < length <= table.length(table.widest, longest)
+            taken.append(taken[-1] + length)
+        assert taken[-1] == table.steps(longest) == epochs * longest
+        assert [table.epochs(n) * longest for n in range(table.rounds + 1)] == pytest.approx(taken)
+        first, ends = table.rounds, table.ends_after(table.rounds)
+
+
+def test_a_part_that_ends_within_a_run_leaves_its_rounds_as_they_are():
+    whole = Timetable(3, 0, PLANS[1], (5, 5, 5))
+    for over in range(whole.rounds):
+        assert whole.ends_after(over) == []
+    assert whole.ends_after(whole.rounds) == [[4, 15]]
+    longer = Timetable(0, 6, PLANS[1], (5, 5, 5), [[4, 15]])
+    assert [longer.length(index, 5) for index in range(6)] == [4, 4, 4, 3, 4, 4]
+    assert (longer.steps(5), longer.widest) == (23, 4)

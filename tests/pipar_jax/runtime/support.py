@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 import stages
@@ -203,3 +204,26 @@ def largest_difference(actual, expected) -> float:
             assert got.shape == wanted.shape
             worst = max(worst, float(np.abs(got - wanted).max() / np.abs(wanted).max()))
     return worst
+
+
+class Crash(Exception):
+    """Ends a run as a bug or a lost machine does."""
+
+
+def crash(made: Config, samples, after: int, network=None) -> None:
+    """Runs until a round is over, and ends the server then, before it keeps anything more.
+
+    Args:
+      made: The configuration.
+      samples: Samples of each device.
+      after: The round.
+      network: The model, if not the configured one.
+    """
+
+    def tell(event):
+        if event["event"] == "round_finished" and event["round"] == after:
+            raise Crash
+
+    names = () if network is None else (made.model.name,)
+    with pytest.raises(Crash):
+        run_here(resolve(made, models=names), network, datasets(samples), on_event=tell)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import queue
+import shutil
 import threading
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pipar_jax.errors import PiparError, RunError
+from pipar_jax.errors import ConfigError, PiparError, RunError
+from pipar_jax.launch.api import run_here
+from pipar_jax.launch.finished_run import load
 from pipar_jax.methods.registry import METHODS, hosts_of, plan_for
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.roles.participants import run_device, run_node
@@ -149,3 +152,36 @@ def test_the_layout_of_the_file_does_not_count(base, tmp_path):
     assert all(digests) and len(set(digests)) == len(digests)
     plain = support.model("mlp", "float32")
     assert [digest(plain, unit) for unit in plain.units] == [""] * len(plain.units)
+
+
+@pytest.mark.parametrize("then", ["none", "another", "a copy"])
+def test_a_run_goes_on_with_the_file_that_it_began_with(then, base, tmp_path):
+    """All hosts agree on whatever is given, so that nobody but the checkpoint would notice."""
+    config = setting(tmp_path, "fl", base)
+    config.checkpoint.every_rounds = 1
+    before = load(run_here(config, on_event=lambda event: None))
+    config.epochs, config.run.resume = 2, "auto"
+    path = changed(base, "head", tmp_path / "other.safetensors")
+    if then == "a copy":
+        shutil.copy(base, path)
+    config.model.base = "" if then == "none" else str(path)
+    if then == "a copy":
+        after = load(run_here(config, on_event=lambda event: None))
+        for unit, arrays in before.params.items():
+            for name, array in arrays.items():
+                same = np.array_equal(after.params[unit][name], array)
+                assert same != ("/lora/" in name), (unit, name)
+        return
+    unit = "head" if then == "another" else "embed"
+    says = rf"^model\.base='.*' does not continue .*checkpoints/1: its weights of unit '{unit}' "
+    with pytest.raises(ConfigError, match=says):
+        run_here(config, on_event=lambda event: None)
+
+
+def test_a_run_that_began_without_a_file_goes_on_without_one(base, tmp_path):
+    config = setting(tmp_path, "fl", base)
+    config.checkpoint.every_rounds, config.model.base = 1, ""
+    run_here(config, on_event=lambda event: None)
+    config.epochs, config.run.resume, config.model.base = 2, "auto", str(base)
+    with pytest.raises(ConfigError, match=r"not those that the run began with.*\(none, if it"):
+        run_here(config, on_event=lambda event: None)

@@ -24,7 +24,8 @@ from pipar_jax.methods.resolution import resolve
 from pipar_jax.profiling.predictor.predict_host import facts_of
 from pipar_jax.roles.evaluation import Evaluator
 from pipar_jax.roles.holdings import Holdings
-from pipar_jax.roles.start_weights import personal_of, start_weights
+from pipar_jax.roles.start_weights import start_weights
+from pipar_jax.roles.whole_weights import whole_weights
 from pipar_jax.runtime import exchanges
 from pipar_jax.runtime.personal import PersonalWeights, run_of
 from pipar_jax.runtime.setup import as_trained
@@ -275,7 +276,7 @@ def test_a_run_starts_from_weights_that_lack_them(double, tmp_path):
     checkpoint.save(path, shared(model, params), state, {"personal": ["out/linear/bias"]})
     drawn, _ = model.init(0)
     begun, _ = start_weights(path, "", model, drawn, state)
-    assert personal_of(path) == ("out/linear/bias",)
+    assert whole_weights(path).personal == ("out/linear/bias",)
     for unit, arrays in begun.items():
         for name, array in arrays.items():
             own = name in personal_paths(model).get(unit, ())
