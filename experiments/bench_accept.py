@@ -26,7 +26,7 @@ from pipar_jax.launch import plain_flags
 PARTS = ("time", "accuracy", "learning")
 PART = flags.DEFINE_multi_enum("part", PARTS, PARTS, "What to measure; may be repeated.")
 ONLY = flags.DEFINE_string("only", "", "Time: only settings whose name contains this.")
-DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with CIFAR-10.")
+DATA_DIR = plain_flags.define_folder("data_dir", "Folder with CIFAR-10.", exists=True)
 RESULTS = plain_flags.define_folder(
     "results", "Folder in which measurements are saved and reused; empty: none."
 )

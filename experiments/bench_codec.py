@@ -34,7 +34,7 @@ from pipar_jax.launch import plain_flags
 from pipar_jax.launch.launcher import launch
 from pipar_jax.launch.pinning import first_cores, pinned
 
-DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with CIFAR-10.")
+DATA_DIR = plain_flags.define_folder("data_dir", "Folder with CIFAR-10.", exists=True)
 PART = flags.DEFINE_enum(
     "part", "both", ["both", "tensors", "training", "accuracy"],
     "What to measure; both: tensors and training.",
@@ -94,7 +94,7 @@ def tensors(run: harness.Bench) -> None:
         made = codec_peers.tensors_of(network, images, labels, NETWORKS[network], batch)
         found |= {f"{network} {what}": tensor for what, tensor in made.items()}
     total = sum(tensor.nbytes for tensor in found.values())
-    coders = codec_peers.coders(CODERS)
+    coders = codec_peers.coders(CODERS, run.missing)
     encoded = {name: _encode(coder, found.values()) for name, coder in coders.items()}
     cases: dict[str, Callable[[], Any]] = {
         "memcpy": lambda: [tensor.copy() for tensor in found.values()]
@@ -195,7 +195,8 @@ def accuracy(run: harness.Bench) -> None:
                 run.row(f"{data}, {case}: test accuracy", statistics.fmean(coded), "%")
                 goal = None if run.quick else POINTS
                 run.row(f"{data}, {case}: accuracy lost", mean, "points", goal)
-                run.row(f"{data}, {case}: standard error of it", error, "points")
+                if len(lost) > 1:
+                    run.row(f"{data}, {case}: standard error of it", error, "points")
                 run.note(f"{data}, {case}: pairs lost {', '.join(f'{x:+.2f}' for x in lost)}")
 
 

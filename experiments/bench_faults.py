@@ -20,6 +20,7 @@ from experiments.benchmarks.equal_bits import Bits
 from experiments.benchmarks.fault_trials import DEADLINE_S, EVERY, LAUNCHER, Outcome
 from experiments.benchmarks.population_trials import Crowd, Held
 from pipar_jax.config import Config
+from pipar_jax.errors import RunError
 from pipar_jax.methods.registry import server_methods
 from pipar_jax.schedule.plan import COORDINATOR, is_device, is_node
 
@@ -55,6 +56,9 @@ def measure_kills(run: harness.Bench, folder: pathlib.Path) -> None:
             run.note(f"{kill}: neither went on nor was resumed: {outcome.reason}")
         outcomes.append(outcome)
     there = [one for one in outcomes if one.happened]
+    if not there:
+        run.missing("no kill came to pass: the runs were over, or had failed, before their moments")
+        return
     run.row("kills", len(there), "")
     run.row("kills: went on or were resumed", sum(one.good for one in there), "", len(there),
             "higher")  # fmt: skip
@@ -87,12 +91,18 @@ def measure_equal(run: harness.Bench, folder: pathlib.Path, part: str) -> None:
 
 
 def measure_cuts(run: harness.Bench, folder: pathlib.Path) -> None:
-    """Adds how many links were cut in runs, and whether weights were equal."""
+    """Adds how many links were cut in runs, and whether weights were equal.
+
+    Raises:
+      RunError: A run ended before a link of it was cut.
+    """
     bits, rng = Bits(folder, METHOD.value), random.Random(SEED.value)
     wanted, cuts, runs, equal = _tries(run, 300, 10), 0, 0, 0
     while cuts < wanted:
         run.progress("links cut", cuts, wanted)
         some, same = bits.links_cut(rng, wanted - cuts)
+        if not some:  # nor would any of the next
+            raise RunError("a run ended before a link of it was cut: it failed, or is too short")
         cuts, runs, equal = cuts + some, runs + 1, equal + same
     run.row("links cut", cuts, "")
     run.row(f"links cut: weights equal, of {runs} runs", equal, "", runs, "higher")
@@ -101,7 +111,7 @@ def measure_cuts(run: harness.Bench, folder: pathlib.Path) -> None:
 def measure_stops(run: harness.Bench, folder: pathlib.Path) -> None:
     """Adds whether weights were equal after a device was stopped."""
     bits, rng = Bits(folder, METHOD.value), random.Random(SEED.value)
-    seconds, count = (3.0, 1) if run.quick else (30.0, _tries(run, 3, 1))
+    seconds, count = 3.0 if run.quick else 30.0, _tries(run, 3, 1)
     equal = 0
     for done in range(count):
         run.progress("device stopped", done, count)

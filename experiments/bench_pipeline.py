@@ -16,14 +16,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
 from configs import cifar10_vgg5
 from experiments.benchmarks import harness
 from experiments.benchmarks.time_alone import Alone, time_alone
 from pipar_jax import data
 from pipar_jax.config import Config
-from pipar_jax.launch import launcher
+from pipar_jax.launch import launcher, plain_flags
 from pipar_jax.launch.pinning import first_cores
 from pipar_jax.methods.registry import plan_for
 from pipar_jax.methods.resolution import resolve
@@ -32,7 +30,7 @@ from pipar_jax.schedule.plan import COORDINATOR, Plan
 from pipar_jax.schedule.trace import Trace
 from pipar_jax.tuner.recurrence import MicroTimes, measured_step_s
 
-DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of public data sets.")
+DATA_DIR = plain_flags.define_folder("data_dir", "Folder of public data sets.", exists=True)
 
 SAMPLES, BATCH, RATE_MBPS = 2000, 100, 50.0
 #: Seconds of the authors' public code by (cut, N), from docs/benchmarks/peers.md.
@@ -66,7 +64,8 @@ def setting(cut: int, micro_batches: int, samples: int, folder: str) -> Config:
     config.devices.defaults.link = f"{RATE_MBPS:g}/{RATE_MBPS:g}"
     config.run.dir, config.run.evaluate_every = folder, 0
     cores = first_cores(2)
-    config.server.cpus, config.devices.defaults.cpus = str(cores[0]), str(cores[-1])
+    if cores:  # this system may not pin
+        config.server.cpus, config.devices.defaults.cpus = str(cores[0]), str(cores[-1])
     return resolve(config)
 
 
@@ -128,8 +127,9 @@ def alone(config: Config, plan: Plan, host: str, sizes: tuple[int, ...]) -> Alon
     """Times the functions of a host separately, on its core in the run."""
     core = config.server.cpus if host == COORDINATOR else config.devices.defaults.cpus
     return time_alone(
-        config, plan, host, sizes, input_shape=(32, 32, 3), classes=10, cores=[int(core)]
-    )
+        config, plan, host, sizes, input_shape=(32, 32, 3), classes=10,
+        cores=[int(core)] if core else [],
+    )  # fmt: skip
 
 
 def report(run: harness.Bench, cut: int, micro_batches: int, samples: int, folder: str) -> None:

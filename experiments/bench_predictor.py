@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from experiments.benchmarks import harness
+from pipar_jax.errors import DataError
 from pipar_jax.launch import plain_flags
 from pipar_jax.launch.binary import wrong_use
 
@@ -37,13 +38,14 @@ def measure(run: harness.Bench) -> None:
     """Trains on the rest of the data and tests on what was held out.
 
     Raises:
-      ConfigError: The times cannot be read.
+      ConfigError: The times cannot be read, or are not complete enough to be evaluated.
     """
     from experiments.latency_data import evaluation, training
     from experiments.latency_data.published_tables import FAMILY, read_timings
 
     with wrong_use():
         timings = read_timings(_TIMINGS.value, _TABLES.value)
+        units = partitioned_units(timings)  # before training, which takes minutes
     steps = 600 if run.quick else training.STEPS
 
     def train(some: Timings) -> Weights:
@@ -73,9 +75,33 @@ def measure(run: harness.Bench) -> None:
             tell(run, f"{name}, {samples} samples", scores)
     speed(run, timings, next(iter(folds.values())))
     for name, networks in (("known", informed), ("new", folds)):
-        regret(run, timings, f"{name} networks", networks)
+        regret(run, timings, units, f"{name} networks", networks)
     run.note(f"{len(timings.layers)} layers on {len(timings.devices)} devices; "
              f"held out in turn: {', '.join(folds)}")  # fmt: skip
+
+
+def partitioned_units(timings: Timings) -> list[list[int]]:
+    """Returns for each network that is partitioned, and each batch, the layers of its units.
+
+    Raises:
+      DataError: The times are not complete enough to be evaluated.
+    """
+    import stages
+    from experiments.latency_data import collect, evaluation
+    from pipar_jax.profiling.predictor import operators
+
+    try:
+        found = []
+        for network in evaluation.PARTITIONED:
+            model = stages.build(network, input_shape=(32, 32, 3), classes=10)
+            for batch in collect.SIZES:
+                described = operators.model_operators(model, range(len(model.units) - 1), batch)
+                tables = [operators.rows(one) for one in described]
+                found.append(evaluation.measured_units(timings, tables, network))
+        evaluation.check_complete(timings, [layer for units in found for layer in units])
+    except DataError as error:
+        raise DataError(f"these times do not suffice: {error}; collect the others too") from error
+    return found
 
 
 def tell(run: harness.Bench, name: str, scores: Mapping[str, Score]) -> None:
@@ -111,20 +137,26 @@ def speed(run: harness.Bench, timings: Timings, weights: Weights) -> None:
     run.row("learning a device from its reference layers", samples.median("fit") * 1e3, "ms")
 
 
-def regret(run: harness.Bench, timings: Timings, about: str, folds: Mapping[str, Weights]) -> None:
+def regret(
+    run: harness.Bench,
+    timings: Timings,
+    units: Sequence[Sequence[int]],
+    about: str,
+    folds: Mapping[str, Weights],
+) -> None:
     """Adds the regret of predicted partitions on chains of devices unknown to the predictor.
 
     Args:
       run: The results are added to it.
       timings: The measured times.
+      units: See ``partitioned_units``.
       about: Describes the partitions.
       folds: For each family, the predictor trained without it.
     """
     import numpy as np
 
-    import stages
-    from experiments.latency_data import collect, evaluation
-    from pipar_jax.profiling.predictor import device_fit, operators
+    from experiments.latency_data import evaluation
+    from pipar_jax.profiling.predictor import device_fit
 
     tested = [i for i, one in enumerate(timings.devices) if one.family in folds]
     chosen = timings.select(tested)
@@ -149,17 +181,13 @@ def regret(run: harness.Bench, timings: Timings, about: str, folds: Mapping[str,
 
     rng = np.random.default_rng(1)
     by_length: dict[int, list[evaluation.Regret]] = {length: [] for length in LENGTHS}
-    for network in evaluation.PARTITIONED:
-        model = stages.build(network, input_shape=(32, 32, 3), classes=10)
-        for batch in collect.SIZES:
-            described = operators.model_operators(model, range(len(model.units) - 1), batch)
-            units = evaluation.measured_units(timings, [operators.rows(one) for one in described])
-            for length in LENGTHS:
-                for devices in evaluation.chains(chosen, CHAINS, length):
-                    speeds = rng.permutation(evaluation.SPEEDS)[: len(devices)]
-                    by_length[length].append(
-                        evaluation.partition_regret(chosen, learn, devices, units, speeds.tolist())
-                    )
+    for columns in units:
+        for length in LENGTHS:
+            for devices in evaluation.chains(chosen, CHAINS, length):
+                speeds = rng.permutation(evaluation.SPEEDS)[: len(devices)]
+                by_length[length].append(
+                    evaluation.partition_regret(chosen, learn, devices, columns, speeds.tolist())
+                )
     for length, found in by_length.items():
         name = f"{about}, partition over {length} devices"
         values = [one.regret for one in found]

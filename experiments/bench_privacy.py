@@ -30,7 +30,7 @@ PART = flags.DEFINE_multi_enum("part", PARTS, PARTS, "What to measure; may be re
 DATA = flags.DEFINE_multi_enum(
     "data", tuple(privacy_trials.DATA), tuple(privacy_trials.DATA), "Accuracy: the data sets."
 )
-DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of public data sets.")
+DATA_DIR = plain_flags.define_folder("data_dir", "Folder of public data sets.", exists=True)
 RESULTS = plain_flags.define_folder(
     "results", "Folder in which measurements are saved and reused; empty: none."
 )
@@ -65,9 +65,8 @@ def accuracy(run: harness.Bench, folder: Path, results: Path) -> None:
     if not DATA_DIR.value:
         run.missing("accuracy skipped: it needs MNIST and CIFAR-10, see --data_dir")
         return
-    samples, epochs, seeds = SAMPLES.value, EPOCHS.value, range(SEEDS.value)
-    if run.quick:
-        samples, epochs, seeds = 200, 1, range(1)
+    samples, epochs = run.reduced(SAMPLES, 200), run.reduced(EPOCHS, 1)
+    seeds = range(run.reduced(SEEDS, 1))
     settings = itertools.product(dict.fromkeys(DATA.value), VARIANTS, EPSILONS)
     for data, variant, epsilon in harness.chosen(settings, ONLY.value, _name_of):
         name, percent = _name_of((data, variant, epsilon)), []

@@ -45,7 +45,7 @@ CLIENTS = plain_flags.define(
     "clients", [2, 8], "Numbers of clients.", list_of(positive(int), once=True)
 )
 REPEATS = flags.DEFINE_integer("repeats", 2, "Runs of each setting, alternating.", lower_bound=1)
-FLOWER_BIN = flags.DEFINE_string(
+FLOWER_BIN = plain_flags.define_path(
     "flower_bin", str(Path(sys.executable).parent), "Folder of Flower's programs."
 )
 RESULTS = plain_flags.define_folder(
@@ -92,7 +92,7 @@ def flowers(megabytes: float, clients: int, folder: Path) -> Measured:
     address = f"127.0.0.1:{_free_port()}"
     here = f'[superlink.here]\naddress = "{address}"\ninsecure = true\n'
     files.write_text(home / "config.toml", f'[superlink]\ndefault = "here"\n{here}')
-    programs = Path(FLOWER_BIN.value)
+    programs: Path = FLOWER_BIN.value
     environment = {
         **os.environ, "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0",
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
@@ -113,9 +113,7 @@ def flowers(megabytes: float, clients: int, folder: Path) -> Measured:
             node = [program, "--insecure", "--host=127.0.0.1", *ports]
             stack.enter_context(_started(node, folder / f"supernode{index}.log", environment))
         with process_memory.sampled(os.getpid()) as peak:
-            done = subprocess.run(submit, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise RunError(f"Flower's run was refused: {(done.stdout + done.stderr)[-300:]}")
+            _submit(submit, environment)
             until_s = time.monotonic() + LIMIT_S
             while not out.exists():
                 if time.monotonic() > until_s:
@@ -124,6 +122,22 @@ def flowers(megabytes: float, clients: int, folder: Path) -> Measured:
                 time.sleep(0.1)
     seconds: list[float] = json.loads(out.read_text())
     return seconds[1:], peak.nbytes
+
+
+def _submit(command: list[str], environment: dict[str, str]) -> None:
+    """Runs the program by which a run is handed to Flower.
+
+    Raises:
+      RunError: It fails, or does not end.
+    """
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=LIMIT_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RunError(f"Flower did not take the run within {LIMIT_S:.0f} s") from error
+    if done.returncode:
+        raise RunError(f"Flower's run was refused: {(done.stdout + done.stderr)[-300:]}")
 
 
 @contextlib.contextmanager
@@ -184,7 +198,7 @@ def alternate(
 def measure(run: harness.Bench) -> None:
     """Runs every setting; with --quick the smallest."""
     systems: dict[str, System] = {"ours": ours}
-    if os.path.exists(Path(FLOWER_BIN.value) / "flower-superlink"):
+    if os.path.exists(FLOWER_BIN.value / "flower-superlink"):
         systems["Flower"] = flowers
     elif FLOWER_BIN.present:
         raise ConfigError(
@@ -193,11 +207,11 @@ def measure(run: harness.Bench) -> None:
         )
     else:
         run.missing("Flower is not installed (extra `peers`, or --flower_bin): no ratios.")
-    repeats = 1 if run.quick else REPEATS.value
+    repeats = run.reduced(REPEATS, 1)
     with tempfile.TemporaryDirectory() as folder:
         results = files.make_folder(RESULTS.value or folder, "choose another folder with --results")
-        for megabytes in SIZES_MB.value[:1] if run.quick else SIZES_MB.value:
-            for clients in CLIENTS.value[:1] if run.quick else CLIENTS.value:
+        for megabytes in run.reduced(SIZES_MB, SIZES_MB.value[:1]):
+            for clients in run.reduced(CLIENTS, CLIENTS.value[:1]):
                 cell = f"{megabytes:g} MB, {clients} clients"
                 name = f"rounds {cell} {' '.join(systems)} x{repeats}"
                 setting = run, systems, megabytes, clients, repeats

@@ -45,7 +45,7 @@ TARGET = 1.1
 def compare_networks(run: harness.Bench, cores: int, batch: int, with_torch: bool) -> list[float]:
     """Times every network in one cell of the table; returns the ratios to PyTorch."""
     used, ratios, stem = first_cores(cores), [], STEM.value
-    for name in NETWORKS.value[:1] if run.quick else NETWORKS.value:
+    for name in run.reduced(NETWORKS, NETWORKS.value[:1]):
         cell = f"{name}, batch {batch}, {cores} core{'s' if cores > 1 else ''}"
         cell = cell if stem == "cifar" else f"{stem} stem, {cell}"
         with PinnedProcess("ours", cores=used) as ours, PinnedProcess("torch", cores=used) as peer:
@@ -107,8 +107,8 @@ def compare_flax(run: harness.Bench, batch: int) -> None:
     """Times networks as Flax writes them: under a plain jit, traced by us, and registered."""
     goals = {"vgg5": 1.8, "resnet18": 2.5}
     used, stem = first_cores(1), STEM.value
-    names = [name for name in flax_networks.NETWORKS if name in NETWORKS.value]
-    for name in names[:1] if run.quick else names:
+    wanted = run.reduced(NETWORKS, NETWORKS.value[:1])
+    for name in (one for one in flax_networks.NETWORKS if one in wanted):
         cell = f"{stem} stem, {name}, batch {batch}, 1 core"
         run.progress(f"{cell}, written with Flax: compiling")
         with (
@@ -147,8 +147,8 @@ def measure(run: harness.Bench) -> None:
     if not with_torch:
         run.missing("PyTorch is not installed (extra `peers`): no ratios.")
     ratios: list[float] = []
-    for cores in CORES.value[:1] if run.quick else CORES.value:
-        for batch in BATCHES.value[-1:] if run.quick else BATCHES.value:
+    for cores in run.reduced(CORES, CORES.value[:1]):
+        for batch in run.reduced(BATCHES, BATCHES.value[-1:]):
             ratios += compare_networks(run, cores, batch, with_torch)
     if ratios:
         mean = math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios))

@@ -24,7 +24,7 @@ import configs
 from experiments.benchmarks import harness
 from pipar_jax.disk.event_log import read_events
 from pipar_jax.disk.files import make_folder, replacing
-from pipar_jax.errors import RunError
+from pipar_jax.errors import ConfigError, RunError
 from pipar_jax.launch import plain_flags
 from pipar_jax.launch.flags import NoFlags, parse
 
@@ -49,6 +49,8 @@ RESULTS = plain_flags.define_folder(
 )
 #: Shape of a sample of each data set that a preset names.
 SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+#: Flags that this benchmark sets itself and depends on.
+OWN_FLAGS = ("config.name", "config.run.dir")
 LIMIT_S = 1800.0
 POLL_S = 0.02
 
@@ -129,7 +131,13 @@ def measure(run: harness.Bench) -> None:
       ConfigError: A flag of --override is wrong.
       RunError: A run fails.
     """
-    presets = PRESETS.value[:2] if run.quick else PRESETS.value
+    presets = run.reduced(PRESETS, PRESETS.value[:2])
+    for override in OVERRIDES.value:
+        if (own := override.lstrip("-").partition("=")[0]) in OWN_FLAGS:
+            raise ConfigError(
+                f"--override={override}: --{own} is what this benchmark finds its runs by; leave "
+                "it out"
+            )
     for preset in presets:  # the overrides
         command = [f"--config={preset}", *OVERRIDES.value]
         parse(command, NoFlags, doc="", name="train", presets=FOLDER)

@@ -95,20 +95,17 @@ def main() -> NoReturn:
 def _run() -> NoReturn:
     """Does what ``main`` says; loads the rest here, so that Ctrl-C while it loads is heeded."""
     from pipar_jax.config.schema import did_you_mean
-    from pipar_jax.launch.process import WRONG_USE, code_of, heed_termination, leave, open_streams
+    from pipar_jax.launch.binary import show
+    from pipar_jax.launch.process import WRONG_USE, code_of, heed_termination, leave
+    from pipar_jax.launch.streams import open_streams
 
     open_streams()
     heed_termination()
     name = sys.argv[1] if len(sys.argv) > 1 else ""
-    try:
-        if name in ("-h", "--help", "help"):
-            print(make_help(), flush=True)
-            leave(0)
-        if name == "--version":
-            print(f"pipar {__version__}", flush=True)
-            leave(0)
-    except BrokenPipeError:  # the reader of the help ended, as head does
-        leave(0)
+    if name in ("-h", "--help", "help"):
+        show(make_help())
+    if name == "--version":
+        show(f"pipar {__version__}")
     known = commands()
     wanted = name.replace("-", "_")
     if wanted not in known:

@@ -14,6 +14,7 @@ from pipar_jax.config.schema import option
 from pipar_jax.launch import compare, flags
 from pipar_jax.methods.registry import title
 from pipar_jax.report import comparison
+from pipar_jax.report.console import make_console
 
 
 @dataclasses.dataclass
@@ -38,7 +39,7 @@ def main(config: Config, extra: Extra) -> None:
     print(to_text(config), flush=True)
     if table := data.table(config):
         print(f"\n{table}", flush=True)
-    console = compare.make_console()
+    console = make_console(compare.PLAIN_WIDTH)
     console.print(f"\nMethods: {', '.join(map(title, methods))}\n")
     compare.compare(config, methods, console)
 

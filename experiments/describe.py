@@ -12,7 +12,6 @@ import dataclasses
 import pathlib
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 import configs
@@ -29,6 +28,7 @@ from pipar_jax.launch import flags
 from pipar_jax.launch.binary import wrong_use
 from pipar_jax.methods.registry import METHODS, uses_nodes
 from pipar_jax.privacy.leakage import FEWEST_SAMPLES, distance_correlation
+from pipar_jax.report.console import make_console
 from pipar_jax.roles.participants import make_loader
 from pipar_jax.roles.start_weights import first_variables
 from pipar_jax.runtime.interception import activations
@@ -229,14 +229,14 @@ def main(config: Config, own: DescribeFlags) -> None:
     pipelined = config.method in METHODS and METHODS[config.method].pipelined
     parts = config.pipeline.micro_batches if pipelined else 1
     batch = -(-config.data.batch_size // parts)
-    console = Console(width=110)
+    console = make_console(110)
     title = f"{model.name}, {stages.parameter_count(model):,} parameters, micro-batch {batch}"
     dependence = None
     if own.dependence and dataset is not None:
         dependence = measure_dependence(config, model, dataset, own.dependence)
     console.print(make_table(title, stages.unit_facts(model, batch), cuts, dependence))
     if config.method == AUTO and (words := candidates_of(config, model.name).words()):
-        console.print(f"codecs: {words}", markup=False)
+        console.print(f"codecs: {words}")
     if model.sides:
         console.print(make_sides(model))
     if model.lengths:

@@ -34,7 +34,7 @@ def main(config: Config, given: DeviceFlags) -> None:
     Raises:
       PiparError: The flags are not valid for the configuration, or the run failed.
     """
-    address = flags.parse_address(given.server, "server")
+    address = flags.parse_address(given.server, "--server")
     take_part.check_device(config, given.index, "--index")
     logs.begin()
     take_part.prepare(config, device_name(given.index))

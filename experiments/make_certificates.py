@@ -13,6 +13,7 @@ import os
 
 from absl import flags
 
+from pipar_jax.disk.files import check_folder
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch import plain_flags
 from pipar_jax.launch.certificates import (
@@ -34,14 +35,15 @@ def main(arguments: list[str]) -> None:
     """Writes the files and prints where each belongs.
 
     Raises:
-      ConfigError: No host is named, one is named twice or cannot have a certificate there, or there
-        is an authority already, or with --add none.
+      ConfigError: No host is named, one is named twice or cannot have a certificate there, there is
+        an authority already, or with --add none, or the folder cannot be written.
       PiparError: A file cannot be written.
     """
     del arguments
     if not _HOST.value:
         raise ConfigError("name at least one host, such as --host=server=192.0.2.7")
     files, hosts = Certificates(_FOLDER.value), dict[str, list[str]]()
+    check_folder(files.folder, f"--folder={files.folder}")
     if not _ADD.value:
         check_new(files)
     elif not os.path.isfile(files.authority_key):

@@ -35,7 +35,7 @@ def main(config: Config, given: NodeFlags) -> None:
     Raises:
       PiparError: The flags are not valid for the configuration, or the run failed.
     """
-    address = flags.parse_address(given.server, "server")
+    address = flags.parse_address(given.server, "--server")
     if not config.nodes.count:
         raise ConfigError(
             f"--index={given.index} is not valid: this configuration has no compute nodes "

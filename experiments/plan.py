@@ -9,10 +9,8 @@ the same way. A table explains the codec of each link; --config.tuner.codecs=raw
 import dataclasses
 import json
 import pathlib
-import sys
 import time
-
-from rich.console import Console
+from typing import Any
 
 import configs
 from comms.errors import explain
@@ -22,6 +20,7 @@ from pipar_jax.cost_model.profile import Profile
 from pipar_jax.errors import ConfigError, PlanError
 from pipar_jax.launch import flags, machine
 from pipar_jax.methods.registry import uses_nodes
+from pipar_jax.report.console import make_console
 
 
 @dataclasses.dataclass
@@ -48,18 +47,14 @@ def main(config: Config, own: PlanFlags) -> None:
         machine.check(config)
     began_s = time.monotonic()
     profile = read(own.profile) if own.profile else local_profile.profile_here(config)
-    if len(profile.devices) != config.devices.total:
-        raise ConfigError(
-            f"the profile has {len(profile.devices)} devices and the configuration "
-            f"{config.devices.total}: set --config.devices.count={len(profile.devices)}"
-        )
+    check_fits(config, profile)
     measured_s = time.monotonic() - began_s
     if uses_nodes(config.method):
         print_chains(config, profile, measured_s)
         return
     found = search(profile, config)
     searched_s = time.monotonic() - began_s - measured_s
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = make_console(120)
     console.print(
         f"{profile.model}, {len(profile.devices)} devices, batches of {profile.batch_size}; hosts "
         f"and links measured in {measured_s:.1f} s, plans searched in {searched_s:.2f} s"
@@ -70,7 +65,7 @@ def main(config: Config, own: PlanFlags) -> None:
     if (why := tables.codecs_table(profile, found.plans[0], candidates)) is not None:
         console.print(why)
     if words := candidates.words():
-        console.print(f"codecs: {words}", markup=False)
+        console.print(f"codecs: {words}")
     chosen = found.plans[0].plan if config.tuner.select == "search" else tune(profile, config)
     console.print(f"--config.method=auto would run: {chosen}")
 
@@ -79,24 +74,18 @@ def print_chains(config: Config, profile: Profile, measured_s: float) -> None:
     """Prints the best chain over the compute nodes, and the best by the published objective.
 
     Raises:
-      ConfigError: The profile has other nodes.
       PlanError: There is no feasible chain.
     """
     from pipar_jax.tuner import codec_choice
     from pipar_jax.tuner.chains import chain_table, tune_chain
     from pipar_jax.tuner.tables import codecs_table
 
-    if len(profile.nodes) != config.nodes.count:
-        raise ConfigError(
-            f"the profile has {len(profile.nodes)} compute nodes and the configuration "
-            f"{config.nodes.count}: set --config.nodes.count={len(profile.nodes)}"
-        )
     began_s = time.monotonic()
     found = {}
     for name, select in (("the simulator", "search"), ("MP-SL's objective", "paper")):
         tuner = dataclasses.replace(config.tuner, select=select)
         found[name] = tune_chain(profile, dataclasses.replace(config, tuner=tuner))
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = make_console(120)
     console.print(
         f"{profile.model}, {len(profile.devices)} devices, {len(profile.nodes)} compute nodes, "
         f"batches of {profile.batch_size}; hosts and links measured in {measured_s:.1f} s, chains "
@@ -106,6 +95,29 @@ def print_chains(config: Config, profile: Profile, measured_s: float) -> None:
     candidates = codec_choice.candidates_for(config, profile)
     if (why := codecs_table(profile, found["the simulator"], candidates)) is not None:
         console.print(why)
+
+
+def check_fits(config: Config, profile: Profile) -> None:
+    """Checks that a profile, such as one from a file, is of a configuration's model and hosts.
+
+    Raises:
+      ConfigError: It is of others.
+    """
+    checked: list[tuple[str, Any, str, Any]] = [
+        ("model", profile.model, "model.name", config.model.name),
+        ("mini-batch", profile.batch_size, "data.batch_size", config.data.batch_size),
+        ("number of devices", len(profile.devices), "devices.count", config.devices.total),
+    ]
+    if uses_nodes(config.method):
+        checked.append(
+            ("number of compute nodes", len(profile.nodes), "nodes.count", config.nodes.count)
+        )
+    for what, found, field, wanted in checked:
+        if found != wanted:
+            raise ConfigError(
+                f"the profile's {what} is {found} and the configuration's is {wanted}: set "
+                f"--config.{field}={found}, or measure again with pipar profile"
+            )
 
 
 def read(path: str) -> Profile:

@@ -12,11 +12,9 @@ step, the time per batch of a step of --micro_batches that starts and ends with 
 
 import math
 import re
-import sys
 from typing import cast, get_args
 
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
 from pipar_jax.cost_model.costs import FREE_LINK, LinkModel
@@ -24,6 +22,7 @@ from pipar_jax.errors import ConfigError
 from pipar_jax.launch import plain_flags
 from pipar_jax.launch.binary import wrong_use
 from pipar_jax.launch.plain_flags import list_of, positive
+from pipar_jax.report.console import make_console
 from pipar_jax.tuner.chain_search import (
     ChainPlan,
     ChainProblem,
@@ -153,7 +152,7 @@ def _print(plan: ChainPlan, problem: ChainProblem) -> None:
     """Prints the plan: cost and cuts, then the stage of each node."""
     forward_s = max(stage.forward_s for stage in plan.stages)
     backward_s = max(stage.backward_s for stage in plan.stages)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    console = make_console(110)
     console.print(
         f"{plan.objective}: {plan.cost_s * 1e3:.3f} ms per batch "
         f"(longest forward {forward_s * 1e3:.3f}, longest backward {backward_s * 1e3:.3f})"

@@ -7,10 +7,7 @@ the links of the configuration. Measurements are cached by model, host and versi
 
 import dataclasses
 import pathlib
-import sys
 import time
-
-from rich.console import Console
 
 import configs
 from pipar_jax.config import AUTO, Config
@@ -19,6 +16,7 @@ from pipar_jax.disk import files
 from pipar_jax.disk.json_text import dumps
 from pipar_jax.launch import flags, machine
 from pipar_jax.methods.registry import uses_nodes
+from pipar_jax.report.console import make_console
 
 
 @dataclasses.dataclass
@@ -46,7 +44,10 @@ def main(config: Config, own: ProfileFlags) -> None:
     machine.check(config)
     began_s = time.monotonic()
     profile = local_profile.profile_here(config)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    if own.json:  # first: what is printed may get lost
+        text = dumps(profile.to_dict(), indent=1) + "\n"
+        files.write_text(own.json, text, "choose another file with --json")
+    console = make_console(120)
     for table in tables.units_tables(profile):
         console.print(table)
     console.print(tables.links_table(profile))
@@ -57,9 +58,6 @@ def main(config: Config, own: ProfileFlags) -> None:
             f"{1e-6 / codec.decode_s_per_byte:,.0f} MB/s"
         )
     console.print(f"measured in {time.monotonic() - began_s:.1f} s")
-    if own.json:
-        text = dumps(profile.to_dict(), indent=1) + "\n"
-        files.write_text(own.json, text, "choose another file with --json")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pipar_jax.launch import compare, flags
 from pipar_jax.launch.pinning import first_cores
 from pipar_jax.methods.registry import server_methods
 from pipar_jax.report import comparison
+from pipar_jax.report.console import make_console
 
 
 @dataclasses.dataclass
@@ -60,7 +61,7 @@ def main(config: Config, extra: Extra) -> None:
     methods = comparison.choose_methods(config, extra.methods)
     place(config.server, config.devices.defaults)
     compare.check(config, methods)
-    console = compare.make_console()
+    console = make_console(compare.PLAIN_WIDTH)
     about = describe(config.data.source, config.model.name, config.devices)
     console.print(f"{about}\n")
     compare.compare(config, methods, console)

@@ -16,7 +16,7 @@ from pipar_jax import data
 from pipar_jax.config import Config, to_text
 from pipar_jax.config.paths import shown
 from pipar_jax.launch import flags, machine, process
-from pipar_jax.launch.run_folders import hold_folder
+from pipar_jax.launch.run_folders import check_place, hold_folder
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.report.event_lines import loss_text, losses_text
 from pipar_jax.report.progress import ProgressDisplay
@@ -30,6 +30,7 @@ def main(config: Config, _: flags.NoFlags) -> None:
       PiparError: The run failed.
     """
     machine.check(config, ["server"])
+    check_place(config)
     process.set_environment(config, "server")
     process.claim_platform(hosts_of(config), "server")
     with hold_folder(config) as folder:

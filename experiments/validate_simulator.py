@@ -32,7 +32,10 @@ from pipar_jax.schedule.plan import COORDINATOR, DevicePlan, Plan
 from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.simulator import Costs, LinkModel, simulate
 
-ONLY = flags.DEFINE_string("only", "", "Measure only settings whose name contains this.")
+ONLY = flags.DEFINE_string(
+    "only", "",
+    "Measure only settings whose name contains this, and not the simulator itself.",
+)  # fmt: skip
 RESULTS = plain_flags.define_folder(
     "results", "Folder in which measurements are saved and reused; empty: none."
 )
@@ -119,7 +122,8 @@ def measure(run: harness.Bench) -> None:
     settings = simulator_settings.settings(run.quick)
     settings = harness.chosen(settings, ONLY.value, lambda setting: setting.name)
     wanted = simulator_settings.grouped(settings)
-    measure_speed(run)
+    if not ONLY.value:
+        measure_speed(run)
     most, errors = 0.0, {kind: list[float]() for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         results = make_folder(RESULTS.value or folder, "choose another folder with --results")

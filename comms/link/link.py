@@ -250,6 +250,10 @@ class Link:
             timed_in_s=inbox.rate.timed_s,
         )
 
+    def begin_peak(self) -> None:
+        """Begins a new ``queued_peak_bytes``, such as a round's, with what is queued now."""
+        self._queue.begin_peak()
+
     def drain(self, timeout_s: float) -> None:
         """Waits until all messages have left (are acknowledged, if the stream can resume).
 

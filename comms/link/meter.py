@@ -24,7 +24,7 @@ class LinkStats:
       frames_in: Frames read.
       queued_messages: Messages that wait to be sent.
       queued_bytes: Their bytes before the codec.
-      queued_peak_bytes: Maximum of ``queued_bytes`` so far.
+      queued_peak_bytes: Maximum of ``queued_bytes`` since ``Link.begin_peak``, or so far.
       unacked_bytes: Bytes kept for replay after an interruption.
       credit_used_bytes: Activation and cotangent bytes the peer has not released yet.
       held_bytes: Activation and cotangent bytes received here and not released yet.

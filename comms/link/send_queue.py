@@ -25,7 +25,7 @@ class SendQueue:
       reserved_bytes: Credit of all messages so far.
       released_bytes: Total credit returned by the peer.
       departed_raw_bytes: Bytes before the codec of messages that have been cut into frames.
-      peak_bytes: Maximum of waiting bytes before the codec.
+      peak_bytes: Maximum of waiting bytes before the codec since ``begin_peak``.
       closing: Whether this side has closed the link.
       error: The reason why the link has ended; None before.
       ended: Set once the link has ended and has no view of an array.
@@ -93,6 +93,11 @@ class SendQueue:
         """Holds all messages that are added from now on until ``unhold``."""
         with self._lock:
             self.shapes_due += 1
+
+    def begin_peak(self) -> None:
+        """Begins a new maximum of waiting bytes, with those that wait now."""
+        with self._lock:
+            self.peak_bytes = self.waiting_bytes
 
     # -- the I/O thread ------------------------------------------------------------------------
 

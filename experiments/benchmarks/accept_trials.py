@@ -58,6 +58,11 @@ class Setting:
         """Name in the table."""
         return f"{self.length} devices, {self.mbps:g} Mbit/s"
 
+    @property
+    def saved(self) -> str:
+        """Name under which its measurements are saved: those of other data are others."""
+        return f"{self.name} {'cifar10' if self.data_dir else 'random'}"
+
     def config(self, folder: Path) -> Config:
         """Returns its configuration, with runs and data in a folder."""
         link = f"{self.mbps:g}/{self.mbps:g}"
@@ -154,7 +159,7 @@ def compare(setting: Setting, folder: Path, results: Path, quick: bool = False) 
             "seconds": {name: seconds[plan] for name, plan in plans.items()},
         }
 
-    found = harness.kept(results, f"accept {setting.name}" + (" quick" if quick else ""), measure)
+    found = harness.kept(results, f"accept {setting.saved}" + (" quick" if quick else ""), measure)
     stages = StageCosts(Profile.from_dict(found["profile"]))
     plans = {name: Plan.from_dict(plan) for name, plan in found["plans"].items()}
     return Compared(
@@ -253,7 +258,7 @@ def learn(setting: Setting, folder: Path, results: Path, quick: bool = False) ->
             "tried": len(tried),
         }
 
-    name = f"accept learning {setting.name}" + (" quick" if quick else "")
+    name = f"accept learning {setting.saved}" + (" quick" if quick else "")
     found = harness.kept(results, name, measure)
     start, end, best = (str(Plan.from_dict(one).devices[0]) for one in found["plans"])
     return Learned(

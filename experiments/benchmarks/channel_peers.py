@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from comms import (
+    ChannelError,
     ChannelOptions,
     Endpoint,
     Link,
@@ -33,6 +34,7 @@ from comms import (
     Tag,
     TlsOptions,
 )
+from experiments.benchmarks import process_memory
 
 _LENGTH = struct.Struct("<Q")
 _CLONE_NEWNET = 0x40000000
@@ -190,8 +192,20 @@ class _Channel:
     ) -> None:
         self.endpoint = Endpoint("sender", options=_options(folder, "client", checksum))
         self.link = self.endpoint.connect(host, port, name_of_peer="receiver", timeout_s=10)
-        self.replies: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self.link.start(self.replies.put, lambda: None, lambda error: None)
+        self._replies: queue.SimpleQueue[Message | ChannelError] = queue.SimpleQueue()
+        self.link.start(self._replies.put, lambda: None, self._replies.put)
+
+    def reply(self) -> Message:
+        """Waits for the receiver's next message.
+
+        Raises:
+          ChannelError: The link has ended.
+        """
+        item = self._replies.get()
+        if isinstance(item, ChannelError):
+            self._replies.put(item)  # for whoever asks again
+            raise item
+        return item
 
 
 def _sender(kind: str, host: str, port: int, folder: str | None) -> Any:
@@ -230,7 +244,7 @@ def send_tensors(
         for index in range(count):
             tag = Tag(role=Role.ACTIVATION, micro_batch=index, micro_batches=count)
             sender.link.send(tag, array)
-        sender.replies.get().release()
+        sender.reply().release()
     elif kind == "grpc":
         data = array.tobytes()
         began_s = time.perf_counter()
@@ -263,7 +277,7 @@ def round_trips(kind: str, host: str, port: int, count: int) -> float:
         began_s = time.perf_counter()
         if isinstance(sender, _Channel):
             sender.link.send(Tag(role=Role.ACTIVATION), array)
-            sender.replies.get().release()
+            sender.reply().release()
         else:
             sender.sendall(_LENGTH.pack(SMALL_BYTES))
             sender.sendall(array.data)
@@ -303,7 +317,7 @@ def heartbeat_under_load(
         time.sleep(0.05)
         began_s = time.perf_counter()
         channel.link.send_control({"beat": 1})
-        if channel.replies.get().kind != MessageKind.CONTROL:
+        if channel.reply().kind != MessageKind.CONTROL:
             raise RuntimeError(f"the tensor of {nbytes} bytes arrived before {seconds} s were over")
         longest_s = max(longest_s, time.perf_counter() - began_s)
     channel.endpoint.close(timeout_s=0.0)
@@ -336,7 +350,11 @@ def start_crowd_server(window_bytes: int) -> int:
 def crowd_state() -> dict[str, float]:
     """Returns the number of tensors of the crowd's server, and its memory and threads."""
     _, counts = _STATE["crowd"]
-    return {**counts, "peak_bytes": _peak_bytes(), "threads": threading.active_count()}
+    return {
+        **counts,
+        "peak_bytes": process_memory.peak_bytes(),
+        "threads": threading.active_count(),
+    }
 
 
 def send_from_crowd(port: int, devices: int, tensors: int, nbytes: int) -> float:
@@ -355,16 +373,6 @@ def send_from_crowd(port: int, devices: int, tensors: int, nbytes: int) -> float
         for link in links:
             link.drain(300)
         return time.perf_counter() - began_s
-
-
-def _peak_bytes() -> int:
-    """Returns the peak memory of this process."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not ru_maxrss, which on Linux includes the parent process.
-        line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _raise_file_limit() -> None:

@@ -36,10 +36,15 @@ class Coder(NamedTuple):
     lossy: bool
 
 
-def coders(names: Sequence[str]) -> dict[str, Coder]:
-    """Returns our codecs by name, and the installed general compressors."""
+def coders(names: Sequence[str], missing: Callable[[str], None]) -> dict[str, Coder]:
+    """Returns our codecs by name, and the installed general compressors.
+
+    Args:
+      names: Names of our codecs.
+      missing: Called with a sentence about each compressor that is not installed.
+    """
     found = {name: _ours(name) for name in names}
-    if importlib.util.find_spec("zstandard") is not None:
+    if _installed("zstandard", missing):
         import zstandard
 
         pack, unpack = zstandard.ZstdCompressor(level=3), zstandard.ZstdDecompressor()
@@ -48,7 +53,7 @@ def coders(names: Sequence[str]) -> dict[str, Coder]:
             lambda data, like: _from(unpack.decompress(data), like),
             lossy=False,
         )
-    if importlib.util.find_spec("blosc2") is not None:
+    if _installed("blosc2", missing):
         import blosc2
 
         pack2 = functools.partial(
@@ -110,6 +115,14 @@ def tensors_of(
         for i in range(len(parts)):
             held[i], opts[i] = update(held[i], opts[i], gradients[i])
     return found
+
+
+def _installed(package: str, missing: Callable[[str], None]) -> bool:
+    """Returns whether a package is there, and tells where it is not."""
+    if importlib.util.find_spec(package) is not None:
+        return True
+    missing(f"No figures of {package}: it is not installed (extra `peers`).")
+    return False
 
 
 def _ours(name: str) -> Coder:

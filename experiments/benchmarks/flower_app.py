@@ -86,7 +86,10 @@ def main(grid: Grid, context: Context) -> None:
         assert averaged is not None, "a client failed"
         arrays = averaged
         seconds.append(time.monotonic() - began)
-    Path(str(config["out"])).write_text(json.dumps(seconds))
+    out = Path(str(config["out"]))
+    aside = out.with_suffix(".partial")
+    aside.write_text(json.dumps(seconds))
+    aside.replace(out)  # whole from the moment when it is there
 '''
 
 

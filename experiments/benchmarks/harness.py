@@ -2,7 +2,7 @@
 
 A benchmark is a function that takes a ``Bench``; its module ends in ``harness.run``, which adds
 ``--quick`` and ``--json=FILE``, prints the table and ends with exit code 0, whether targets were
-met or not::
+met or not; only without any figure it is an error::
 
     \"\"\"How long a sort takes beside the same sort of a shuffled list.\"\"\"
 
@@ -47,11 +47,13 @@ from typing import Any, Literal, TypeVar
 from absl import flags
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipar_jax.disk.files import check_target, write_text
 from pipar_jax.disk.json_text import dumps
 from pipar_jax.errors import ConfigError, RunError
 from pipar_jax.launch import plain_flags
+from pipar_jax.report.console import make_console
 
 # Maximum number of runs of each case with --quick.
 QUICK_REPEATS = 3
@@ -117,6 +119,10 @@ class Bench:
       json_path: File to which ``finish`` writes the rows, or None.
       console: Console of the report; by default standard output.
 
+    Attributes:
+      rows: The figures so far.
+      notes: The lines below the table so far.
+
     Raises:
       ConfigError: ``json_path`` cannot be written.
     """
@@ -133,13 +139,11 @@ class Bench:
         self.quick = quick
         self.rows: list[Row] = []
         self._spreads: list[float | None] = []
-        self._notes: list[str] = []
+        self.notes: list[str] = []
         self._json_path = Path(json_path) if json_path is not None else None
         if self._json_path is not None:  # reported immediately, not after half an hour of measuring
             check_target(self._json_path, f"--json={self._json_path}")
-        self._console = console or Console(
-            width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False
-        )
+        self._console = console or make_console(PLAIN_WIDTH)
         self._progress = _ProgressLine()
         self._began_s = time.monotonic()
 
@@ -174,6 +178,16 @@ class Bench:
                 done += 1
         self._progress.clear()
         return Samples(seconds)
+
+    def reduced(self, flag: flags.FlagHolder[T], quick: T) -> T:
+        """Returns a flag's value; with ``--quick`` another one, unless the flag was given.
+
+        Args:
+          flag: The flag, as its definition returned it.
+          quick: What the benchmark takes less than a minute with.
+        """
+        value: T = quick if self.quick and not flag.present else flag.value
+        return value
 
     def progress(
         self,
@@ -225,7 +239,7 @@ class Bench:
 
     def note(self, text: str) -> None:
         """Adds a line below the table."""
-        self._notes.append(text)
+        self.notes.append(text)
 
     def missing(self, text: str) -> None:
         """Tells at once, and below the table, what is not measured for want of something."""
@@ -234,22 +248,25 @@ class Bench:
         self.note(text)
 
     def finish(self, *, complete: bool = True) -> None:
-        """Prints the table and writes the rows as JSON, if a file was named.
+        """Writes the rows as JSON, if a file was named, and prints the table.
 
         Args:
           complete: Whether all was measured. Otherwise the file that was named stays as it is, and
             the rows go to NAME.partial.json beside it.
         """
         self._progress.clear()
-        self._console.print(self._table())
-        for text in self._notes:
-            self._console.print(text, markup=False)
-        judged = [row.met for row in self.rows if row.met is not None]
-        met = f"{sum(judged)} of {len(judged)} targets met; " if judged else ""
-        self._console.print(f"{met}took {time.monotonic() - self._began_s:.0f} s", markup=False)
-        self._console.print(f"on {describe_machine()}", markup=False)
+        try:
+            # First: nothing that becomes of the output may cost the rows.
+            partial = self._write(complete=complete)
+        finally:
+            self._print()
+        if partial is not None:
+            self._console.print(f"the rows so far are in {partial}", markup=False, soft_wrap=True)
+
+    def _write(self, *, complete: bool) -> Path | None:
+        """Writes the rows to the file that was named; returns the one beside it, if it is that."""
         if self._json_path is None:
-            return
+            return None
         target = self._json_path
         # What is no file, such as /dev/stdout, has nothing that could be replaced.
         if not complete and (os.path.isfile(target) or not os.path.exists(target)):
@@ -258,11 +275,21 @@ class Bench:
         for row in rows:  # JSON has neither NaN nor infinity
             row["value"] = row["value"] if math.isfinite(row["value"]) else None
         write_text(target, dumps(rows, indent=1) + "\n", "choose another file with --json")
-        if not complete:
-            self._console.print(f"the rows so far are in {target}", markup=False, soft_wrap=True)
+        return None if complete else target
+
+    def _print(self) -> None:
+        """Prints the table and what is said below it."""
+        self._console.print(self._table(), markup=False)
+        for text in self.notes:
+            self._console.print(text, markup=False)
+        judged = [row.met for row in self.rows if row.met is not None]
+        met = f"{sum(judged)} of {len(judged)} targets met; " if judged else ""
+        self._console.print(f"{met}took {time.monotonic() - self._began_s:.0f} s", markup=False)
+        self._console.print(f"on {describe_machine()}", markup=False)
 
     def _table(self) -> Table:
-        table = Table(title=self.title + (" (--quick)" if self.quick else ""), title_justify="left")
+        title = Text(self.title + (" (--quick)" if self.quick else ""), "table.title")
+        table = Table(title=title, title_justify="left")
         with_spread = any(spread is not None for spread in self._spreads)
         table.add_column("figure", overflow="fold")
         table.add_column("value", justify="right", no_wrap=True)
@@ -272,7 +299,7 @@ class Bench:
         table.add_column("value / target", justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
         for row, spread in zip(self.rows, self._spreads, strict=True):
-            cells = [row.name, f"{_digits(row.value)} {row.unit}"]
+            cells: list[str | Text] = [row.name, f"{_digits(row.value)} {row.unit}"]
             if with_spread:
                 cells.append("" if spread is None else f"{spread:.0%}")
             if row.target is None:
@@ -280,7 +307,7 @@ class Bench:
             else:
                 sign = "≤" if row.better == "lower" else "≥"
                 ratio = f"{row.value / row.target:.2f}" if row.target else ""
-                verdict = "[green]met[/]" if row.met else "[bold red]missed[/]"
+                verdict = Text("met", "green") if row.met else Text("missed", "bold red")
                 cells += [f"{sign} {_digits(row.target)} {row.unit}", ratio, verdict]
             table.add_row(*cells)
         return table
@@ -313,7 +340,11 @@ def run(measure: Callable[[Bench], None], title: str | None = None) -> None:
       measure: Measures, and adds rows to its ``Bench``.
       title: Title; by default the first line of the main module's docstring.
     """
-    quick = flags.DEFINE_boolean("quick", False, "Take less than a minute, with coarser figures.")
+    quick = flags.DEFINE_boolean(
+        "quick", False,
+        "Take less than a minute, with coarser figures; what other flags ask for is measured all "
+        "the same.",
+    )  # fmt: skip
     json_path = plain_flags.define_path("json", None, "Also write the rows to this file, as JSON.")
 
     def main(_: list[str]) -> None:
@@ -328,6 +359,9 @@ def run(measure: Callable[[Bench], None], title: str | None = None) -> None:
                 bench.note("Incomplete: interrupted before all was measured.")
                 bench.finish(complete=False)
             raise
+        if not bench.rows:  # a file that was named stays as it is
+            why = "; ".join(bench.notes) or "the flags leave no part of it"
+            raise ConfigError(f"nothing was measured: {why}")
         bench.finish()
 
     plain_flags.run(main)

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pipar_jax.disk.files import check_target, replacing
+from pipar_jax.launch import plain_flags
 from stages.allocator import retain_memory
 from stages.errors import StageError
 from stages.layers.conv_functions import Geometry, convolve
@@ -180,7 +182,10 @@ def measure(layers: Iterable[tuple[str, LayerShape]]) -> Iterator[tuple[str, Lay
 def write(rows: Iterable[tuple[str, LayerShape, Times]], path: Path) -> None:
     """Writes the table: a row for each operation and shape, milliseconds on one core."""
     names = [formulation.value for formulation in Formulation]
-    with path.open("w", newline="") as file:
+    with (
+        replacing(path, "choose another file with --out") as aside,
+        aside.open("w", newline="") as file,
+    ):
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["operation", *LayerShape._fields, *names])
         for operation, shape, times in sorted(rows, key=lambda row: row[:2]):
@@ -192,7 +197,19 @@ def _normal(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
-if __name__ == "__main__":
+def renew(path: Path) -> None:
+    """Measures all layers and writes the table.
+
+    Raises:
+      ConfigError: The file cannot be written.
+      DiskError: Writing the file failed.
+    """
+    check_target(path, f"--out={path}")
     retain_memory()
     wanted = [layer for batch in BATCHES for layer in registered_shapes(batch)]
-    write(list(measure(wanted)), TABLE)
+    write(list(measure(wanted)), path)
+
+
+if __name__ == "__main__":
+    out = plain_flags.define_path("out", str(TABLE), "File for the table (CSV).")
+    plain_flags.run(lambda _: renew(out.value))

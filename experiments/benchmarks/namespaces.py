@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -11,6 +12,9 @@ from types import TracebackType
 from typing import Self
 
 from pipar_jax.errors import RunError
+
+#: Seconds that a command of ``ip`` or ``tc`` may take.
+LIMIT_S = 30.0
 
 
 def namespaces_work() -> bool:
@@ -72,7 +76,7 @@ class ShapedNamespace:
             _run(*inside, "ip", "link", "set", "lo", "up")
             _run(*(part.format(self._near) for part in shape))
             _run(*inside, *(part.format(self._far) for part in shape))
-        except RunError:
+        except BaseException:  # Ctrl-C as well: nobody else knows the names
             self._remove()
             raise
         return self
@@ -88,10 +92,14 @@ class ShapedNamespace:
 
     def _remove(self) -> None:
         for command in (("ip", "link", "del", self._near), ("ip", "netns", "del", self.name)):
-            subprocess.run(command, capture_output=True, check=False, timeout=30)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the other one is still removed
+                subprocess.run(command, capture_output=True, check=False, timeout=LIMIT_S)
 
 
 def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired as error:
+        raise RunError(f"{' '.join(command)} did not end within {LIMIT_S:g} s") from error
     if done.returncode:
         raise RunError(f"{' '.join(command)} failed: {done.stderr.strip()}")

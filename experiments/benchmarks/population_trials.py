@@ -141,7 +141,8 @@ def train(folder: pathlib.Path, crowd: Crowd) -> list[Held]:
                         now_s = time.monotonic()
                         held.append(Held(event["round"] + 1, now_s, usage(server.pid)))
         if server.wait(PATIENCE_S) or fakes is None or fakes.wait(PATIENCE_S):
-            raise RunError("the run with fakes failed; see what its processes printed")
+            last = (folder / "server.log").read_text(errors="replace").strip()[-300:]
+            raise RunError(f"the run with fakes failed; the last that its server printed: {last}")
     finally:
         for one in (fakes, server):
             if one is not None:

@@ -7,7 +7,6 @@ prepares one network and runs it on request, so that two processes on the same c
 from __future__ import annotations
 
 import importlib
-import resource
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import stages
+from experiments.benchmarks import process_memory
 from stages.allocator import retain_memory, return_memory
 
 _STATE: dict[str, Any] = {}
@@ -198,7 +198,7 @@ def run_step(times: int) -> float:
 
 def peak_bytes() -> int:
     """Peak memory of this process so far."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return process_memory.peak_bytes()
 
 
 def _least(run: Callable[[], Any], times: int) -> float:

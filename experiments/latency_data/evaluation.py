@@ -10,6 +10,7 @@ import numpy as np
 from experiments.latency_data import baselines
 from experiments.latency_data.published_tables import FAMILY
 from experiments.latency_data.timings import Timings
+from pipar_jax.errors import DataError
 from pipar_jax.profiling.predictor.device_fit import BACKWARD_HEAD, FORWARD_HEAD, Observation, fit
 from pipar_jax.profiling.predictor.latency_model import Weights
 from pipar_jax.profiling.predictor.operators import Array
@@ -236,15 +237,53 @@ def chains(timings: Timings, count: int, length: int, seed: int = 0) -> list[tup
     return [tuple(map(int, rng.permutation(able)[:length])) for _ in range(count)]
 
 
-def measured_units(timings: Timings, operators: Sequence[Array]) -> list[int]:
+def measured_units(
+    timings: Timings, operators: Sequence[Array], network: str = "the network"
+) -> list[int]:
     """Returns for units the layers that measured them, or one that computes the same.
 
     Args:
       timings: What was measured.
       operators: Each unit's operators, [operators, WIDTH].
+      network: What the message calls their network.
+
+    Raises:
+      DataError: A unit was not measured.
     """
     marks = {one.operators.astype(np.float32).tobytes(): i for i, one in enumerate(timings.layers)}
-    return [marks[table.astype(np.float32).tobytes()] for table in operators]
+    found = [marks.get(table.astype(np.float32).tobytes()) for table in operators]
+    if None in found:
+        raise DataError(f"unit {found.index(None)} of {network} was not timed")
+    return [one for one in found if one is not None]
+
+
+def check_complete(timings: Timings, layers: Sequence[int]) -> None:
+    """Checks that times suffice to hold a family of devices out and to evaluate it.
+
+    Args:
+      timings: What was measured.
+      layers: Layers of which each device needs times, beside the reference layers.
+
+    Raises:
+      DataError: They do not.
+    """
+    reference = timings.reference()
+    if not reference:
+        raise DataError("they lack the reference layers, by which a device is known")
+    timed = [i for i, one in enumerate(timings.devices) if one.family != FAMILY]
+    if len({timings.devices[i].family for i in timed}) < 2:
+        raise DataError("they are of fewer than two families of devices: none can be held out")
+    wanted = [*reference, *layers]
+    for i in timed:
+        known = np.isfinite(timings.forward_s[i, wanted]) & np.isfinite(
+            timings.backward_s[i, wanted]
+        )
+        if not known.all():
+            lacking = timings.layers[wanted[int(np.argmin(known))]]
+            raise DataError(
+                f"device {timings.devices[i].name} lacks times of {lacking.network}, unit "
+                f"{lacking.unit}"
+            )
 
 
 def _known(timings: Timings, device: int, layers: Sequence[int] | range) -> list[int]:

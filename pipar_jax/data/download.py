@@ -78,7 +78,7 @@ def _copy(file: File, answer: IO[bytes], output: IO[bytes]) -> None:
         more = "more than" if total > file.nbytes else f"{total} of"
         raise DataError(
             f"{file.url} returned {more} the {file.nbytes} published bytes: try again, or put the "
-            "file into data.data_dir"
+            "file into the folder of your data (data.data_dir)"
         )
     if digest.hexdigest() != file.sha256:
         raise DataError(

@@ -83,8 +83,8 @@ def _fetch(
     if one.not_read and any((place / one.not_read).exists() for place in (home, home / source)):
         lacking += f"; {one.not_read} is a pickle, which is never read"
     remedy = (
-        f"download {names} from {one.files[0].url.rpartition('/')[0]}/ and name its folder with "
-        "--config.data.data_dir"
+        f"download {names} from {one.files[0].url.rpartition('/')[0]}/ and name its folder "
+        "(data.data_dir)"
     )
     if not config.download:
         raise DataError(f"{lacking}, and data.download=false: {remedy}")

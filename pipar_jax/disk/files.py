@@ -157,12 +157,7 @@ def check_target(path: str | Path, said: str) -> None:
         raise ConfigError(
             f"{said}: the folder {folder} does not exist; create it, or name another file"
         )
-    written, needed = (path, os.W_OK) if is_special else (folder, os.W_OK | os.X_OK)
-    if not os.access(written, needed):
-        raise ConfigError(
-            f"{said}: this user may not write {written}; give it write permission, or name another "
-            "file"
-        )
+    _check_permission(path if is_special else folder, said, "file")
 
 
 def check_folder(path: str | Path, said: str) -> None:
@@ -177,11 +172,7 @@ def check_folder(path: str | Path, said: str) -> None:
     """
     wanted = Path(path).absolute()
     there = next(one for one in (wanted, *wanted.parents) if is_folder(one, said))
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"{said}: this user may not write in {there}; give it write permission, or name "
-            "another folder"
-        )
+    _check_permission(there, said, "folder")
 
 
 def is_folder(path: str | Path, said: str) -> bool:
@@ -270,6 +261,25 @@ def _mode_of(path: str | Path, said: str) -> int | None:
         return None
     except OSError as error:
         raise ConfigError(f"{said} cannot be used: {explain(error)}; name another one") from error
+
+
+def _check_permission(path: str | Path, said: str, kind: str) -> None:
+    """Checks that this user may write to something that is there, or in it if it is a folder.
+
+    Args:
+      path: Its path.
+      said: What the message calls the target.
+      kind: What the target is.
+
+    Raises:
+      ConfigError: This user may not.
+    """
+    inside = os.path.isdir(path)
+    if not os.access(path, os.W_OK | os.X_OK if inside else os.W_OK):
+        raise ConfigError(
+            f"{said}: this user may not write {'in ' if inside else ''}{path}; give it write "
+            f"permission, or name another {kind}"
+        )
 
 
 def _bring_to_disk(path: Path, flags: int) -> None:

@@ -19,9 +19,9 @@ from pipar_jax.launch.process import (
     code_of,
     heed_termination,
     leave,
-    open_streams,
     perform,
 )
+from pipar_jax.launch.streams import open_streams
 from pipar_jax.report import logs
 
 T = TypeVar("T")
@@ -41,8 +41,6 @@ def begin(read: Callable[[list[str]], T]) -> T:
         arguments = read_flagfiles(sys.argv[1:])
         debug = any(argument.lstrip("-") in ("debug", "config.debug") for argument in arguments)
         return read(arguments)
-    except BrokenPipeError:  # the reader of the help ended, as head does
-        leave(0)
     except (ConfigError, OSError) as error:
         if debug:
             traceback.print_exc()
@@ -69,8 +67,7 @@ def wrong_use() -> Iterator[None]:
 
 def show(text: str) -> NoReturn:
     """Prints a text that was asked for instead of work, such as the help, and ends the process."""
-    print(text, flush=True)
-    leave(0)
+    finish(lambda: print(text), debug=False)
 
 
 def finish(task: Callable[[], object], *, debug: bool) -> NoReturn:
@@ -84,7 +81,12 @@ def finish(task: Callable[[], object], *, debug: bool) -> NoReturn:
     def tell(event: JsonObject) -> None:
         print(f"error: {event['error']}", file=sys.stderr)
 
-    code = perform(task, tell, debug=debug)
+    def work() -> None:
+        task()
+        sys.stdout.flush()  # that it cannot be printed is an error of the work
+
+    logs.begin_plain()
+    code = perform(work, tell, debug=debug)
     if code in ASKED_TO_END:
         print(ASKED_TO_END[code], file=sys.stderr)
     leave(code)

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from comms.errors import explain
+from pipar_jax.disk import files as _files
 from pipar_jax.errors import ConfigError, PiparError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -85,8 +86,7 @@ def make_authority(folder: str | os.PathLike[str], *, days: int = 30) -> Certifi
     )
     with _told(files.folder):
         files.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _write_key(files.authority_key, key)
-        files.authority.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    _write_pair(files.authority, made, files.authority_key, key)
     return files
 
 
@@ -163,9 +163,7 @@ def add_certificate(
         )
         .sign(authority_key, hashes.SHA256())
     )
-    with _told(files.folder):
-        _write_key(files.key(name), key)
-        files.certificate(name).write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    _write_pair(files.certificate(name), made, files.key(name), key)
 
 
 def _builder(
@@ -222,15 +220,28 @@ def _read_authority(files: Certificates) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
-    # Private from the start, so that others cannot read the key even briefly.
+def _write_pair(
+    certificate: Path, made: x509.Certificate, path: Path, key: ec.EllipticCurvePrivateKey
+) -> None:
+    """Writes a certificate and its key, of which neither exists yet: both, or none of them.
+
+    Raises:
+      DiskError: One of them cannot be written.
+    """
     text = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-        file.write(text)
+    remedy = "choose another folder"
+    try:
+        _files.write_bytes(certificate, made.public_bytes(serialization.Encoding.PEM), remedy)
+        _files.write_secret(path, text, remedy)  # last: who has the key has its certificate
+    except BaseException:  # a half would be in the way of the next try
+        for one in (certificate, path):
+            with contextlib.suppress(OSError):
+                one.unlink()
+        raise
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ from rich.console import Console
 from pipar_jax.config import Config
 from pipar_jax.config.paths import shown
 from pipar_jax.disk.files import unused
+from pipar_jax.errors import ConfigError, PiparError
 from pipar_jax.launch import launcher, machine
 from pipar_jax.launch.run_folders import check_place
 from pipar_jax.methods.registry import title
@@ -22,11 +23,6 @@ from pipar_jax.report.progress import ProgressDisplay
 
 #: Width of the output without a terminal, in characters.
 PLAIN_WIDTH = 100
-
-
-def make_console() -> Console:
-    """Returns the console for the table: as wide as the terminal, or ``PLAIN_WIDTH``."""
-    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
 
 
 def check(config: Config, methods: Sequence[str]) -> None:
@@ -41,7 +37,10 @@ def check(config: Config, methods: Sequence[str]) -> None:
         cannot have its folder.
     """
     for method in methods:
-        setting = resolve(comparison.setting_of(config, method))
+        try:
+            setting = resolve(comparison.setting_of(config, method))
+        except ConfigError as error:
+            raise ConfigError(f"with method {method} of --methods: {error}") from error
         machine.check(setting)
         check_place(setting)
 
@@ -50,7 +49,8 @@ def compare(config: Config, methods: Sequence[str], console: Console) -> list[Ou
     """Trains by each method, prints the table and writes the report.
 
     The report is ``NAME.html`` in the folder of all runs, with the name of the configuration. If it
-    is taken, a number is appended, as to the folders of runs.
+    is taken, a number is appended, as to the folders of runs. If a run fails or is interrupted, the
+    methods before it have their table and report all the same.
 
     Args:
       config: The setting, which ``check`` has accepted for all methods.
@@ -65,22 +65,47 @@ def compare(config: Config, methods: Sequence[str], console: Console) -> list[Ou
     """
     began_s = time.monotonic()
     outcomes: list[Outcome] = []
-    for number, method in enumerate(methods, start=1):
-        head = f"{number}/{len(methods)} {title(method)}"
-        with ProgressDisplay(head) as progress:
-            outcome = comparison.run_method(config, method, launcher.launch, progress)
-        outcomes.append(outcome)
-        console.print(
-            f"{head}: {outcome.epoch_s:.2f} s per epoch, test {outcome.task['main']} "
-            f"{outcome.score_text}"
-        )
+    try:
+        for number, method in enumerate(methods, start=1):
+            head = f"{number}/{len(methods)} {title(method)}"
+            with ProgressDisplay(head) as progress:
+                outcome = comparison.run_method(config, method, launcher.launch, progress)
+            outcomes.append(outcome)
+            console.print(
+                f"{head}: {outcome.epoch_s:.2f} s per epoch, test {outcome.task['main']} "
+                f"{outcome.score_text}",
+                markup=False,
+                soft_wrap=True,
+            )
+    except BaseException:
+        if outcomes:
+            with contextlib.suppress(PiparError):  # what ended the comparison is told, not this
+                _conclude(config, outcomes, console, f"{len(outcomes)} of {len(methods)} methods")
+        raise
+    _conclude(config, outcomes, console, f"Finished in {time.monotonic() - began_s:.0f} s")
+    return outcomes
+
+
+def _conclude(config: Config, outcomes: Sequence[Outcome], console: Console, head: str) -> None:
+    """Prints the table and writes the report of the methods that have been trained.
+
+    Args:
+      config: The setting.
+      outcomes: Their results.
+      console: Where to print.
+      head: How far the comparison has come.
+
+    Raises:
+      PiparError: The report cannot be written.
+    """
     console.print()
-    console.print(comparison.make_table(outcomes))
-    console.print(comparison.conclude(outcomes))
+    console.print(comparison.make_table(outcomes), markup=False)
+    console.print(comparison.conclude(outcomes), markup=False, soft_wrap=True)
     report = unused(config.run.dir, config.name, ".html")
     write_report([Path(outcome.folder) for outcome in outcomes], report)
     console.print(
-        f"Finished in {time.monotonic() - began_s:.0f} s. Open {shown(report)} in a browser; the "
-        f"runs are in {', '.join(shown(outcome.folder) for outcome in outcomes)}."
+        f"{head}. Open {shown(report)} in a browser; the runs are in "
+        f"{', '.join(shown(outcome.folder) for outcome in outcomes)}.",
+        markup=False,
+        soft_wrap=True,
     )
-    return outcomes

@@ -135,8 +135,8 @@ def parse(
             option = fields.get(flag) or _find_host(flag)
             schema.parse(option._replace(path=f"--{flag}"), text)
             changes[option.path] = (option, text)
-    if values.pop("debug", False):
-        changes["debug"] = (fields["config.debug"], "true")
+    if (debug := values.pop("debug", None)) is not None:
+        changes["debug"] = (fields["config.debug"], _as_text(debug))
     preset, wants_help = values.pop("config", ""), values.pop("help", False)
     if values.pop("version", False):
         return Parsed(Config(), extra(**values), f"pipar {__version__}")
@@ -149,15 +149,19 @@ def parse(
     return Parsed(config, extra(**values), text)
 
 
-def parse_address(text: str, flag: str) -> tuple[str, int]:
-    """Returns host and port of a flag such as ``--server=192.0.2.7:7000``.
+def parse_address(text: str, said: str) -> tuple[str, int]:
+    """Returns host and port of a text such as ``192.0.2.7:7000``.
+
+    Args:
+      text: The text.
+      said: What the message calls it, such as ``--server``.
 
     Raises:
       ConfigError: The text is not an address.
     """
     match = re.fullmatch(r"\[?(.+?)\]?:(\d{1,5})", text)
     if match is None or not 0 < int(match[2]) < 65536:
-        raise ConfigError(f"--{flag}={text!r} is not valid: write --{flag}=HOST:PORT")
+        raise ConfigError(f"{said}={text!r} is not valid: write {said}=HOST:PORT")
     return match[1], int(match[2])
 
 

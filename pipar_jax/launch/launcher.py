@@ -179,7 +179,7 @@ class _Child:
         code = self.process.returncode
         rest = f"; its last line: {last_line}" if last_line else ""
         if code is not None and code < 0:
-            name = signal.Signals(-code).name
+            name = _name_of(-code)
             hint = " (killed by a user, or the machine ran out of memory)" if code == -9 else ""
             return RunError(
                 f"the process of {self.name} was ended by {name}{hint}; log: {self.log}{rest}"
@@ -328,6 +328,14 @@ class _Hosts:
         for child in self._children:
             child.close()
         self._selector.close()
+
+
+def _name_of(number: int) -> str:
+    """Returns the name of a signal; those of real time have numbers alone."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _rank(child: _Child) -> tuple[int, float]:

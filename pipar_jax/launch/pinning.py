@@ -13,10 +13,10 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from pipar_jax import errors
-from pipar_jax.errors import PiparError, RunError
+from pipar_jax.errors import RunError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -76,6 +76,42 @@ def first_cores(count: int) -> list[int]:
     return sorted(os.sched_getaffinity(0))[:count]
 
 
+class _Failure(NamedTuple):
+    """An exception of a function, as texts: not every exception survives a pipe.
+
+    Attributes:
+      kind: The name of its type.
+      text: Its message.
+      trace: Its traceback.
+    """
+
+    kind: str
+    text: str
+    trace: str
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        """Returns an exception that is being handled."""
+        return cls(type(error).__name__, str(error), traceback.format_exc())
+
+    def error(self, said: str) -> Exception:
+        """Returns what to raise in the process that called the function.
+
+        Args:
+          said: What begins the message where the exception is not one of the project's.
+        """
+        import comms.errors  # here, since the process that measures needs neither
+        import stages.errors
+
+        homes = (errors, stages.errors, comms.errors)
+        kind = next((getattr(home, self.kind) for home in homes if hasattr(home, self.kind)), None)
+        first_line = (self.text.strip().splitlines() or ["no message"])[0]
+        unknown = RunError(f"{said}: {self.kind}: {first_line}")
+        made: Exception = unknown if kind is None else kind(self.text)
+        made.add_note(self.trace)
+        return made
+
+
 class PinnedProcess:
     """A new process on chosen cores that calls functions, one after another, until closed.
 
@@ -105,24 +141,22 @@ class PinnedProcess:
         """Calls ``function`` in the process and returns its result.
 
         Raises:
-          PiparError: The function raised it.
-          RunError: The function raised another exception, whose traceback is in the message, or the
-            process ended.
+          PiparError: The function raised it. Whatever is raised has the traceback as a note.
+          StageError: Likewise.
+          ChannelError: Likewise.
+          RunError: The function raised another exception, or the process ended.
         """
-        self._pipe.send((function, args, kwargs))
         try:
-            result, foreseen, failure = self._pipe.recv()
-        except EOFError:
+            self._pipe.send((function, args, kwargs))
+            result, failure = self._pipe.recv()
+        except (EOFError, OSError) as error:
             self._process.join(END_S)
             raise RunError(
                 f"process {self.name} ended (exit code {self._process.exitcode}) while it ran "
                 f"{_name(function)}; see its last lines above"
-            ) from None
-        if foreseen is not None:
-            kind: type[PiparError] = getattr(errors, foreseen[0], RunError)
-            raise kind(foreseen[1])
+            ) from error
         if failure is not None:
-            raise RunError(f"{_name(function)} failed in process {self.name}:\n{failure}")
+            raise failure.error(f"{_name(function)} failed in process {self.name}")
         return result  # type: ignore[no-any-return]
 
     def close(self) -> None:
@@ -170,13 +204,11 @@ def _serve(pipe: Connection) -> None:
             function, args, kwargs = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
-        result, foreseen, failure = None, None, None
+        result, failure = None, None
         try:
             result = function(*args, **kwargs)
         except KeyboardInterrupt:
             return
-        except PiparError as error:
-            foreseen = type(error).__name__, str(error)
-        except Exception:  # passed to the caller, where call() raises it
-            failure = traceback.format_exc()
-        pipe.send((result, foreseen, failure))
+        except Exception as error:  # passed to the caller, where call() raises it
+            failure = _Failure.of(error)
+        pipe.send((result, failure))

@@ -7,6 +7,7 @@ binaries with a configuration.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import pathlib
@@ -74,20 +75,26 @@ def define_path(
     return define(name, default, text, _read_path, required=required)
 
 
-def define_folder(name: str, text: str) -> absl_flags.FlagHolder[Any]:
-    """Defines a flag that names a folder, which need not be there yet; empty: none.
+def define_folder(name: str, text: str, *, exists: bool = False) -> absl_flags.FlagHolder[Any]:
+    """Defines a flag that names a folder; empty: none. ``~`` is the user's home.
 
     Args:
       name: Name of the flag.
       text: Help text.
+      exists: Whether the folder must be there already.
     """
-    return define(name, "", text, _read_folder)
+    return define(name, "", text, functools.partial(_read_folder, exists=exists))
 
 
-def _read_folder(text: str) -> str:
-    if os.path.isfile(text):
-        raise ValueError(f"{text} is a file: name a folder")
-    return text
+def _read_folder(text: str, *, exists: bool) -> str:
+    if not text:
+        return text
+    path = _read_path(text)
+    if os.path.isfile(path):
+        raise ValueError(f"{path} is a file: name a folder")
+    if exists and not os.path.isdir(path):
+        raise ValueError(f"there is no folder {path}")
+    return str(path)
 
 
 def as_path(text: str) -> pathlib.Path:
@@ -214,9 +221,17 @@ def _own_flags() -> dict[str, str]:
     }
 
 
+def _command() -> str:
+    """Returns how the running module is called: as a command of pipar, or by its module's name."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is not None and spec.name.startswith("experiments.") and spec.name.count(".") > 1:
+        return f"python -m {spec.name}"
+    return f"pipar {pathlib.Path(sys.argv[0]).stem}"
+
+
 def _make_help(takes: str) -> str:
     """Returns the help: the main module's docstring, usage, and all flags."""
-    name, doc = pathlib.Path(sys.argv[0]).stem, sys.modules["__main__"].__doc__ or ""
+    doc = sys.modules["__main__"].__doc__ or ""
     own = {
         **_own_flags(),
         "flagfile": "File with further flags, one per line.",
@@ -224,6 +239,6 @@ def _make_help(takes: str) -> str:
         "help": "Print this help and exit.",
     }
     rows = [(f"--{flag}", text) for flag, text in own.items()]
-    usage = " ".join(filter(None, [f"usage: pipar {name}", takes, "[--FLAG=VALUE ...]"]))
+    usage = " ".join(filter(None, [f"usage: {_command()}", takes, "[--FLAG=VALUE ...]"]))
     lines = ["flags:", *two_columns(rows, terminal_width())]
     return "\n\n".join([doc.strip(), usage, "\n".join(lines)])

@@ -29,10 +29,11 @@ from comms.errors import explain
 from pipar_jax.config import HIDDEN_TOKEN, CheckpointConfig, Config, Hosts, from_json
 from pipar_jax.data.cache import user_cache
 from pipar_jax.disk.event_log import OnEvent
-from pipar_jax.disk.files import describe_os_error
+from pipar_jax.disk.files import RUN_REMEDY, describe_os_error
 from pipar_jax.disk.json_text import JsonObject, dumps
 from pipar_jax.errors import ConfigError, Interrupted, PiparError
 from pipar_jax.launch import machine
+from pipar_jax.launch.streams import OUTPUT_REMEDY, OUTPUTS, open_streams
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.privacy.clip_watch import CLIP_LOG
 from pipar_jax.report import logs
@@ -74,7 +75,8 @@ def heed_termination() -> None:
 def finishing(checkpoint: CheckpointConfig) -> Iterator[threading.Event]:
     """Lets the first Ctrl-C or SIGTERM end a run after a checkpoint, and a second one immediately.
 
-    A run without checkpoints ends immediately.
+    A run without checkpoints ends immediately, and so does one outside of the main thread, which
+    alone is told of signals: there the block is left to whoever heeds them.
 
     Args:
       checkpoint: How often the run keeps checkpoints.
@@ -87,7 +89,8 @@ def finishing(checkpoint: CheckpointConfig) -> Iterator[threading.Event]:
     """
     finish = threading.Event()
     numbers = (signal.SIGINT, signal.SIGTERM)
-    if not (checkpoint.every_rounds or checkpoint.every_s):
+    on_main = threading.current_thread() is threading.main_thread()
+    if not (on_main and (checkpoint.every_rounds or checkpoint.every_s)):
         yield finish
         return
     before = {number: signal.getsignal(number) for number in numbers}
@@ -194,7 +197,8 @@ def count_cores() -> int:
 def perform(task: Callable[[], object], tell: OnEvent, *, debug: bool, log: str = "") -> int:
     """Runs the work of a process and returns its exit code.
 
-    This is the outermost handler of a process: it reports any error in one line.
+    This is the outermost handler of a process: it reports any error in one line, and what an
+    interruption has to say, such as how the run can be resumed.
 
     Args:
       task: The work.
@@ -213,6 +217,8 @@ def perform(task: Callable[[], object], tell: OnEvent, *, debug: bool, log: str 
         task()
         return 0
     except KeyboardInterrupt as error:
+        if text := str(error):
+            print(text, file=sys.stderr)
         return code_of(error)
     except Exception as error:  # expected errors become one line, unexpected ones have a traceback
         known = isinstance(error, PiparError | ChannelError | StageError)
@@ -220,7 +226,9 @@ def perform(task: Callable[[], object], tell: OnEvent, *, debug: bool, log: str 
         if known:
             kind, text = type(error).__name__, " ".join(str(error).split())
         elif isinstance(error, OSError):
-            kind, text = "RunError", describe_os_error(error)
+            spoken = error.filename in OUTPUTS.values()
+            remedy = OUTPUT_REMEDY if spoken else RUN_REMEDY
+            kind, text = "RunError", describe_os_error(error, remedy)
         else:
             kind, text = "RunError", f"unexpected {type(error).__name__}: {_first_line(error)}"
         if not foreseen and not isinstance(error, OSError):
@@ -245,25 +253,6 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal
             stream.flush()
     os._exit(code)
-
-
-def open_streams() -> None:
-    """Opens /dev/null in place of standard streams that were closed at the start of the process.
-
-    Otherwise the next file or socket would get the descriptor of a standard stream and receive
-    everything that is printed. Python represents such a stream by None, which code that prints does
-    not expect.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor: this one
-            assert opened == number
-            os.set_inheritable(number, True)
-    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
-    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
-    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def event_writer(descriptor: int) -> OnEvent:

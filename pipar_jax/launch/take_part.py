@@ -12,7 +12,7 @@ from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch import machine, process
 from pipar_jax.launch.flags import parse_address
-from pipar_jax.launch.run_folders import hold_folder
+from pipar_jax.launch.run_folders import check_place, hold_folder
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import COORDINATOR, device_name, node_name
@@ -42,11 +42,13 @@ def run_server(
       on_event: Called with each event as it happens.
 
     Raises:
-      ConfigError: The configuration is not valid, or this machine cannot run the server.
+      ConfigError: The configuration is not valid, or this machine cannot run the server or have the
+        run's folder.
       DataError: The test set cannot be read, is not valid, or does not fit the model.
       PiparError: The run failed.
     """
     resolved = prepare(config, COORDINATOR, model, reads_data=data is None)
+    check_place(resolved)
     with hold_folder(resolved) as folder:
         from pipar_jax.launch.finished_run import load_configured
         from pipar_jax.roles import server  # loads jax, whose environment is set now

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pipar_jax.report.idle import CAUSES
 from pipar_jax.report.run import RecordedRun, hosts_of, links_of
 from pipar_jax.report.svg import digits, drawing, element, legend, text, tick_labels, ticks
-from pipar_jax.schedule.plan import COORDINATOR, is_node
+from pipar_jax.schedule.plan import COORDINATOR, is_device, is_node
 
 BUSY = "busy"
 #: Letters of a label that are shown, from its end, which tells links and hosts of a run apart.
@@ -122,7 +122,7 @@ def byte_bars(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     bars = []
     for run, name in zip(runs, names, strict=True):
         # Without knowing what was activations, a bar would call all of it weights.
-        for position, ends in enumerate(links_of(run) if run.keeps_chains else ()):
+        for position, ends in enumerate(links_of(run) if run.knows_carriers else ()):
             sums = run.carried.get(ends, {})
             parts = [(kind, sums.get(kind, 0.0) / 1e6) for kind in KINDS[:2]]
             rest = run.traffic[ends]["bytes"] - sum(sums.values())
@@ -143,7 +143,11 @@ def _shares(run: RecordedRun, hosts: Sequence[str]) -> list[tuple[str, float]] |
         return None
     total = statistics.fmean(idle)
     parts = [(BUSY, 1.0 - total)]
-    known = [run.causes[host] for host in hosts if host in run.causes]
+    # Of devices a trace has the places, which are less than those that had them.
+    known = [
+        causes for host, causes in run.causes.items()
+        if host in hosts or (is_device(host) and is_device(hosts[0]))
+    ]  # fmt: skip
     sums = {cause: sum(causes[cause] for causes in known) for cause in CAUSES}
     whole = sum(sums.values())
     if not whole:

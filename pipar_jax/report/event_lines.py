@@ -136,6 +136,9 @@ LINES: dict[str, Callable[[Event], str]] = {
         f"{long_name(event['host'])} could not keep its optimiser state after round "
         f"{event['rounds']}: {event['reason']}"
     ),
+    "interrupted": lambda event: (
+        f"ends as it was asked to, with a checkpoint after round {event['rounds']}"
+    ),
     "stopped": lambda event: f"stops after round {event['round'] + 1}: {event['reason']}",
     "replanned": lambda event: f"plan {event['plan']} from round {event['round'] + 1} on",
     "refused": _refused,

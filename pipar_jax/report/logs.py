@@ -25,6 +25,15 @@ def begin() -> None:
     LOG.setLevel(logging.INFO)
 
 
+def begin_plain() -> None:
+    """Sends warnings to standard error as their bare text, for whoever reads them as they come.
+
+    A library such as absl may have set up records that begin with a time and a line of its source.
+    """
+    handler = logging.lastResort  # it looks for standard error anew, which a live view replaces
+    logging.getLogger().handlers[:] = [handler] if handler else []
+
+
 def note_event(event: Event) -> None:
     """Logs an event: its name, all fields that are numbers or texts, and its metrics."""
     kind = event["event"]

@@ -14,13 +14,14 @@ from pipar_jax.disk.json_text import JsonMapping
 from pipar_jax.errors import DiskError, PlanError
 from pipar_jax.report.assets import SCRIPT, STYLE
 from pipar_jax.report.bars import byte_bars, idle_bars
+from pipar_jax.report.event_lines import shorten
 from pipar_jax.report.gantt import actions_legend, gantt_charts
 from pipar_jax.report.membership import membership_rows, membership_text
 from pipar_jax.report.privacy import privacy_text
 from pipar_jax.report.run import RecordedRun, links_of, read_run
 from pipar_jax.report.scores import score_text
 from pipar_jax.report.svg import Series, aligned, digits, legend, line_chart
-from pipar_jax.schedule.plan import COORDINATOR
+from pipar_jax.schedule.plan import COORDINATOR, device_name
 
 #: A cell of a table: a text, or a number that is aligned with those above and below it.
 Cell = str | float | None
@@ -101,12 +102,13 @@ def make_page(runs: Sequence[RecordedRun]) -> str:
         _section("Configuration", _configurations(runs, names)),
     ]
     body = "".join(sections)
+    folders = [f"{run.parent}/{run.name}" for run in runs]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(heading)}</title><style>{STYLE}</style></head><body><main>"
-        f"<h1>{html.escape(heading)}</h1><p>{html.escape(_facts(runs))}</p>{body}"
-        f"<footer>Made by pipar_jax from {html.escape(', '.join(run.name for run in runs))}."
+        f"<h1>{html.escape(heading)}</h1>{_facts(runs, names)}{body}"
+        f"<footer>Made by pipar_jax from {html.escape(', '.join(folders))}."
         f"</footer></main><script>{SCRIPT}</script></body></html>\n"
     )
 
@@ -135,22 +137,37 @@ def _names(runs: Sequence[RecordedRun]) -> list[str]:
     ]
 
 
-def _facts(runs: Sequence[RecordedRun]) -> str:
-    """Returns one line about the setting of the first run."""
-    run = runs[0]
-    started = run.last("run_started")
-    devices = run.config["devices"]["defaults"]
-    parts = [f"{started.get('devices', run.config['devices']['count'])} devices"]
-    if devices.get("link", "none") != "none":
-        parts.append(f"links {devices['link']}")
-    if devices.get("slowdown", 1.0) != 1.0:
-        parts.append(f"devices slowed down by a factor of {devices['slowdown']:g}")
+def _facts(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
+    """Returns what the runs' settings have in common, and a line for each that has more."""
+    parts = [_parts(run) for run in runs]
+    common = [part for part in parts[0] if all(part in own for own in parts)]
+    others = (", ".join(part for part in own if part not in common) for own in parts)
+    lines = [", ".join(common)]
+    lines += [f"{name}: {text}" for name, text in zip(names, others, strict=True) if text]
+    return "".join(f"<p>{html.escape(line)}.</p>" for line in lines if line)
+
+
+def _parts(run: RecordedRun) -> list[str]:
+    """Returns facts about the setting of a run, each a few words."""
+    started, config = run.last("run_started"), run.config
+    devices = sorted({row["device"] for row in run.of("device_joined")})
+    devices = devices or list(range(config["devices"]["count"]))
+    places = started.get("devices", len(devices))
+    sampled = places < len(devices)
+    parts = [f"{len(devices)} devices" + (f", {places} of them in a round" if sampled else "")]
+    links = {run.setting(device_name(index), "link"): None for index in devices}
+    if [*links] != ["none"]:
+        parts.append(f"links {shorten([*links])}")
+    slowdowns = {float(run.setting(device_name(index), "slowdown") or 1.0) for index in devices}
+    if slowdowns != {1.0}:
+        factors = shorten([f"{factor:g}" for factor in sorted(slowdowns)])
+        parts.append(f"devices slowed down by a factor of {factors}")
     if started:
         parts.append(f"{started['parameters']:,} parameters")
     if samples := run.samples_per_epoch():
-        parts.append(f"{samples:,} samples per epoch")
-    parts.append(f"batch {run.config['data']['batch_size']}")
-    return ", ".join(parts) + "."
+        parts.append(f"{samples:,} samples {'on all devices' if sampled else 'per epoch'}")
+    parts.append(f"batch {config['data']['batch_size']}")
+    return parts
 
 
 def _table(head: Iterable[str], rows: Sequence[tuple[str, Sequence[Cell]]], words: int = 1) -> str:
@@ -279,7 +296,7 @@ def _predictions(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
         except PlanError as error:
             rows.append(("", [name, f"cannot be predicted: {error}", *[""] * 6]))
             continue
-        done = run.of("round_finished")
+        done = [row for row in run.of("round_finished") if row["committed"]]
         if prediction is None or schedule is None or not done:
             continue
         measured = statistics.median(row["seconds"] for row in done)

@@ -50,7 +50,7 @@ class ProgressDisplay:
     def __init__(self, title: str = "", *, console: Console | None = None) -> None:
         self.state = RunState()
         self._title = title
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = console or Console(stderr=True, highlight=False, markup=False, emoji=False)
         self._began_s = self._printed_s = time.monotonic()
         self._live: Live | None = None
         self._closed = threading.Event()

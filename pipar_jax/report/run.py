@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import re
@@ -42,7 +41,9 @@ MOST_DEVICES = 8
 _NEEDED = ("method", "model.name", "data.source", "data.batch_size", "devices.count",
            "devices.defaults.link", "nodes.defaults.link", "pipeline.window_mb")  # fmt: skip
 #: Figures of a link that are states, not sums over rounds.
-_GAUGES = ("queued_peak_bytes", "reconnects", "rtt_s", "rate_mbps")
+_GAUGES = ("reconnects", "rtt_s", "rate_mbps")
+#: Figures of a link that are the most of a round.
+_PEAKS = ("queued_peak_bytes",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,39 +133,64 @@ class RecordedRun:
 
     @functools.cached_property
     def elapsed(self) -> dict[int, float]:
-        """Training seconds until the end of each round, without evaluation."""
-        done = self.of("round_finished")
-        sums = itertools.accumulate(row["seconds"] for row in done)
-        return {row["round"]: total for row, total in zip(done, sums, strict=True)}
+        """Training seconds until the end of each round: without evaluation, with changes of plan.
+
+        They are what ``run_finished`` counts as the seconds of a run.
+        """
+        found, total = dict[int, float](), 0.0
+        for row in self.events:
+            if row["event"] in ("round_finished", "replanned"):
+                total += row["seconds"]
+            if row["event"] == "round_finished":
+                found[row["round"]] = total
+        return found
 
     def idle_share(self, host: str) -> float | None:
-        """Returns the share of all rounds in which a host computed nothing."""
-        rows = self.of("round_finished")
+        """Returns the share of the rounds in which a host took part that it computed nothing."""
+        rows = [row for row in self.of("round_finished") if host in row["busy"]]
         total = sum(row["seconds"] for row in rows)
-        if not rows or host not in rows[0]["busy"]:
-            return None
-        return 1.0 - float(sum(row["busy"].get(host, 0.0) for row in rows)) / float(total)
+        return 1.0 - float(sum(row["busy"][host] for row in rows)) / float(total) if total else None
 
     @property
     def devices(self) -> list[str]:
-        """Names of the devices in the last round."""
-        busy = self.last("round_finished").get("busy", {})
+        """Names of the devices that took part in a round."""
+        busy = {host for row in self.of("round_finished") for host in row["busy"]}
         return sorted(filter(is_device, busy), key=host_index)
 
     @property
     def causes(self) -> dict[str, dict[str, float]]:
-        """Idle seconds of all traced rounds by host and cause; empty without a trace."""
+        """Idle seconds of all traced rounds by host and cause; empty without a trace.
+
+        A device's are those of its place: who had it may differ from round to round.
+        """
         return self.digest.causes
+
+    @functools.cached_property
+    def keeps_places(self) -> bool:
+        """Whether each device has the place of its own number in all rounds.
+
+        Otherwise what a trace says of a place is of all devices that had it.
+        """
+        if not self.attempts:
+            return not self.config.get("cohort", {}).get("size")
+        cohorts = {attempt.cohort for attempt in self.attempts}
+        return all(cohort == tuple(range(len(cohort))) for cohort in cohorts)
+
+    @property
+    def knows_carriers(self) -> bool:
+        """Whether the trace says which links carried its messages."""
+        return self.keeps_chains and self.keeps_places
 
     @functools.cached_property
     def carried(self) -> dict[tuple[str, str], dict[str, float]]:
         """Bytes of activations and cotangents by direction of a link; empty without a trace.
 
         If only some rounds are traced, the result is scaled to all rounds. It is empty, too, where
-        stages moved to other hosts, since a trace does not say under which plan a message was sent.
+        stages moved to other hosts, since a trace does not say under which plan a message was sent,
+        and where devices changed places.
         """
         links: dict[tuple[str, str], dict[str, float]] = {}
-        if self.plan is None or not self.digest.rounds or not self.keeps_chains:
+        if self.plan is None or not self.digest.rounds or not self.knows_carriers:
             return links
         share = len(self.of("round_finished")) / self.digest.rounds
         for (host, device, stage), nbytes in self.digest.carried.items():
@@ -178,8 +204,8 @@ class RecordedRun:
     def traffic(self) -> dict[tuple[str, str], dict[str, float]]:
         """Traffic and waiting times of each direction of a link in all rounds.
 
-        The names are those of ``pipar_jax.roles.link_stats``; figures that are not sums are those
-        of the last round, and missing if they were never measured.
+        The names are those of ``pipar_jax.roles.link_stats``; of figures that are no sums the most
+        of any round or the last one counts, and they are missing if they were never measured.
         """
         links: dict[tuple[str, str], dict[str, float]] = {}
         for event in self.of("round_finished"):
@@ -188,6 +214,8 @@ class RecordedRun:
                 for key, value in row.items():
                     if key in _GAUGES and value is not None:
                         sums[key] = value
+                    elif key in _PEAKS:
+                        sums[key] = max(sums.get(key, 0.0), value)
                     elif key not in (*_GAUGES, "source", "target"):
                         sums[key] = sums.get(key, 0.0) + value
         return links
@@ -200,10 +228,9 @@ class RecordedRun:
         """
         done = self.of("round_finished")
         rest = sum(row["bytes_up"] for row in done)
-        rest -= sum(
-            sum(sums.values()) for ends, sums in self.carried.items() if ends[1] == COORDINATOR
-        )
-        return max(float(rest), 0.0) / max(len(done) * len(self.devices), 1)
+        rest -= sum(sum(sums.values()) for ends, sums in self.carried.items() if is_device(ends[0]))
+        messages = sum(int(row["devices"]) for row in done)
+        return max(float(rest), 0.0) / max(messages, 1)
 
     def predict(self) -> Prediction | None:
         """Predicts a full round from the median times and bytes of the run's own trace.
@@ -239,7 +266,7 @@ class RecordedRun:
     def _ends(self, host: str) -> tuple[LinkModel, LinkModel]:
         """Returns the emulated link of a device or node, away from it and towards it."""
         try:
-            up, down = parse_link(self._setting(host, "link"))
+            up, down = parse_link(self.setting(host, "link"))
         except ChannelError as error:
             raise PlanError(f"the link of {long_name(host)}: {error}") from error
         return LinkModel.of(up), LinkModel.of(down)
@@ -260,13 +287,14 @@ class RecordedRun:
 
     def samples_per_epoch(self) -> int:
         """Returns the samples that all devices train on in an epoch."""
-        return sum(row["samples"] for row in self.of("device_joined"))
+        # Of a run that was resumed each device has joined more than once.
+        return sum({row["device"]: row["samples"] for row in self.of("device_joined")}.values())
 
-    def _setting(self, host: str, field: str) -> Any:
-        """Returns a field of one device's or node's configuration."""
+    def setting(self, host: str, field: str) -> Any:
+        """Returns a field of one device's or node's configuration; None: there is none."""
         hosts = self.config["nodes" if is_node(host) else "devices"]
         own = hosts.get("overrides", {}).get(str(host_index(host)), {})
-        return own.get(field, hosts["defaults"][field])
+        return own.get(field, hosts["defaults"].get(field))
 
 
 def _chain(plan: str) -> str:
@@ -325,8 +353,9 @@ def hosts_of(run: RecordedRun) -> list[str]:
 
 def links_of(run: RecordedRun) -> list[tuple[str, str]]:
     """Returns the directions of links that are shown, those of the first devices, in order."""
-    hosts = hosts_of(run)
-    shown = [host for host in hosts if not is_device(host)]
-    shown += [host for host in hosts if is_device(host)][:MOST_DEVICES]
-    ways = [ends for ends in run.traffic if set(ends) <= set(shown)]
+    seen = {host for ends in run.traffic for host in ends}
+    # All that had traffic: a plan has only as many devices as there are places.
+    devices = sorted(filter(is_device, seen), key=host_index)[:MOST_DEVICES]
+    hosts = [*devices, *(host for host in hosts_of(run) if not is_device(host))]
+    ways = [ends for ends in run.traffic if set(ends) <= set(hosts)]
     return sorted(ways, key=lambda ends: (hosts.index(ends[0]), hosts.index(ends[1])))

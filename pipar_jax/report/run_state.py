@@ -44,6 +44,7 @@ class RunState:
         self.idle: dict[str, float] = {}
         self.round_s: list[float] = []
         self.began_s: float | None = None
+        self._before = 0.0  # the fraction that was completed before the run was resumed
         self.ended = False
 
     def follow(self, event: Event, now_s: float) -> None:
@@ -108,9 +109,10 @@ class RunState:
         """Returns the expected seconds to the end, or None if they cannot be estimated yet."""
         if self.ended:
             return 0.0
-        if self.began_s is None or self.fraction < 0.02:
+        done = self.fraction - self._before  # since this process began: a resumed run had begun
+        if self.began_s is None or done <= 0.02 * (1.0 - self._before):
             return None
-        return (now_s - self.began_s) * (1.0 / self.fraction - 1.0)
+        return (now_s - self.began_s) * (1.0 - self.fraction) / done
 
     def _start(self, event: Event, now_s: float) -> None:
         self.phase = "training"
@@ -118,8 +120,11 @@ class RunState:
         self.task = event["task"]
         self.devices = event["devices"]
         self.steps = list(event["steps"])
-        self.steps_done = [0] * len(self.steps)
         self.rounds, self.epochs = event["rounds"], event["epochs"]
+        self.rounds_done = event.get("resumed", 0)
+        share = self.rounds_done / self.rounds if self.rounds else 0.0
+        self.steps_done = [round(steps * share) for steps in self.steps]
+        self._before = self.fraction
         self.began_s = now_s
 
     def _finish_round(self, event: Event) -> None:

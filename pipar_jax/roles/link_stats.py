@@ -20,6 +20,13 @@ _COUNTERS = ("queue_s", "credit_wait_s", "blocked_s", "encode_s", "repeated_fram
              "repeated_bytes")  # fmt: skip
 
 
+def _read(link: Link) -> LinkStats:
+    """Returns a link's counters; its ``queued_peak_bytes`` are those since the last call."""
+    stats = link.stats()
+    link.begin_peak()
+    return stats
+
+
 def difference(now: LinkStats, before: LinkStats) -> Waits:
     """Returns the waiting times of sending between two readings of a link's counters."""
     found = {name: getattr(now, name) - getattr(before, name) for name in _COUNTERS}
@@ -37,11 +44,11 @@ class OwnWaits:
 
     def __init__(self, link: Link) -> None:
         """Begins to count."""
-        self._link, self._before = link, link.stats()
+        self._link, self._before = link, _read(link)
 
     def take(self) -> Waits:
         """Returns the waiting times since the last call, as ``Traffic.rows`` expects them."""
-        now, before = self._link.stats(), self._before
+        now, before = _read(self._link), self._before
         self._before = now
         return difference(now, before)
 
@@ -57,11 +64,11 @@ class DirectTraffic:
     def __init__(self, name: str, link_table: LinkTable) -> None:
         """Begins to count."""
         self._name, self._links = name, link_table.direct()
-        self._before = [link.stats() for _, link in self._links]
+        self._before = [_read(link) for _, link in self._links]
 
     def take(self) -> tuple[LinkRow, ...]:
         """Returns a row per link since the last call, as ``Traffic.rows`` makes them."""
-        stats = [link.stats() for _, link in self._links]
+        stats = [_read(link) for _, link in self._links]
         found = tuple(
             _sent(self._name, boundary.peer(self._name), now, before)
             for (boundary, _), now, before in zip(self._links, stats, self._before, strict=True)
@@ -113,8 +120,8 @@ class Traffic:
           ``raw_bytes`` and ``payload_bytes`` of messages before and after the codec; ``messages``
           and ``frames``; the seconds ``queue_s``, ``credit_wait_s``, ``blocked_s`` and ``encode_s``
           of sending; ``repeated_frames`` and ``repeated_bytes`` after cut connections;
-          ``queued_peak_bytes``, ``reconnects``, ``rtt_s`` and ``rate_mbps`` of the run so far.
-          ``comms.LinkStats`` defines each of them.
+          ``queued_peak_bytes``, the maximum in the round; ``reconnects``, ``rtt_s`` and
+          ``rate_mbps`` of the run so far. ``comms.LinkStats`` defines each of them.
         """
         found = []
         for name, now in self._stats().items():
@@ -140,7 +147,7 @@ class Traffic:
         return found
 
     def _stats(self) -> dict[str, LinkStats]:
-        return {name: member.link.stats() for name, member in self._members.by_name.items()}
+        return {name: _read(member.link) for name, member in self._members.by_name.items()}
 
 
 def _sent(source: str, target: str, now: LinkStats, before: LinkStats) -> LinkRow:

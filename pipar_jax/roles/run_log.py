@@ -113,6 +113,7 @@ class RunLog:
         self._seconds: dict[int, float] = collections.defaultdict(float)
         self._moved_s: dict[int, float] = {}
         self._busy: dict[str, float] = {}
+        self._there_s: dict[str, float] = {}  # of the rounds that a host took part in
         self._score: JsonObject = {}
         self._undefined: set[str] | None = None  # metrics that no evaluation has given a value
         self._origin_s = time.monotonic()
@@ -125,12 +126,17 @@ class RunLog:
             up, down = self._totals
             self._totals = (up + row["bytes_up"], down + row["bytes_down"])
             self._seconds[row["round"]] += row["seconds"]
-            for host, seconds in row["busy"].items():
-                self._busy[host] = self._busy.get(host, 0.0) + seconds
+            self._add_busy(row["busy"], row["seconds"])
         elif row["event"] == "replanned":
             self._moved_s[row["round"]] = row["seconds"]
         elif row["event"] == "evaluated":
             self._score = {"loss": row["loss"], "metrics": row["metrics"]}
+
+    def _add_busy(self, busy: Mapping[str, float], seconds: float) -> None:
+        """Counts what the hosts of a round computed, and how long it lasted for them."""
+        for host, computed_s in busy.items():
+            self._busy[host] = self._busy.get(host, 0.0) + computed_s
+            self._there_s[host] = self._there_s.get(host, 0.0) + seconds
 
     def prepared(
         self, compile_s: float, calibration_s: float, memory_bytes: Mapping[str, int]
@@ -213,8 +219,7 @@ class RunLog:
         down = sum(row["bytes"] for row in links if is_device(row["target"]))
         self._totals = (self._totals[0] + up, self._totals[1] + down)
         self._seconds[one.number] += one.interval.seconds  # a round may take several attempts
-        for host, seconds in one.busy.items():
-            self._busy[host] = self._busy.get(host, 0.0) + seconds
+        self._add_busy(one.busy, one.interval.seconds)
         self._trace.end_round(one.interval)
         self._tell(
             {
@@ -338,7 +343,7 @@ class RunLog:
             "epoch_seconds": statistics.median(s / share for s, share in epochs.values()),
             **self._score,
             "task": self._task.facts(),
-            "idle": {host: 1.0 - s / whole for host, s in self._busy.items()},
+            "idle": {host: 1.0 - s / self._there_s[host] for host, s in self._busy.items()},
             "bytes_up": self._totals[0],
             "bytes_down": self._totals[1],
             "losses": self._losses,

@@ -266,6 +266,8 @@ def test_the_accounts_of_both_sides_agree(workshop):
     assert out.messages_out == into.messages_in == 20
     assert out.queued_messages == out.queued_bytes == 0
     assert 4000 * 19 <= out.queued_peak_bytes <= expected
+    pair.up.begin_peak()
+    assert pair.up.stats().queued_peak_bytes == 0
     assert out.repeated_frames == out.repeated_bytes == 0
     assert into.bytes_in >= expected + 20 * 108
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from comms import ChannelError
 from experiments.benchmarks import channel_peers as peers
 from experiments.benchmarks.namespaces import ShapedNamespace, namespaces_work
 from pipar_jax.launch.certificates import add_certificate, make_authority
@@ -30,6 +31,15 @@ def test_every_peer_delivers(tmp_path):
         assert 0 < goodput <= 1.0
         beat_s = sender.call(peers.heartbeat_under_load, HOST, ports["channel"], 20.0, 1 << 26, 0.5)
         assert beat_s > 0
+
+
+def test_a_link_that_ends_is_no_endless_wait():
+    with PinnedProcess("sender") as sender:
+        with PinnedProcess("receiver") as receiver:
+            ports = receiver.call(peers.start_receivers, HOST, None)
+            assert sender.call(peers.round_trips, "channel", HOST, ports["channel"], 2) > 0
+        with pytest.raises(ChannelError):
+            sender.call(peers.round_trips, "channel", HOST, ports["channel"], 2)
 
 
 @pytest.mark.soak

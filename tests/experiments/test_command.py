@@ -116,7 +116,7 @@ def test_a_run_does_not_need_standard_streams(tmp_path: pathlib.Path) -> None:
 
 STREAMS = """
 import os, sys
-from pipar_jax.launch.process import open_streams
+from pipar_jax.launch.streams import open_streams
 open_streams()
 for number in range(3):
     os.fstat(number)
@@ -143,6 +143,10 @@ def test_every_command_has_help_and_a_version_and_needs_no_streams(name: str) ->
     for numbers in ("0", "1", "2", "012"):
         assert with_closed(numbers, "-m", "experiments.command", name, "--help") == 0
     assert pipar(name, "--no-such-flag=1").returncode == 2
+    for target, code in (("| head -c 1", 0), ("> /dev/full", 1)):
+        line = f"set -o pipefail; '{sys.executable}' -m experiments.command {name} --help {target}"
+        done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

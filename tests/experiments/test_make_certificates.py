@@ -8,7 +8,9 @@ import sys
 import pytest
 from cryptography import x509
 
-from pipar_jax.errors import PiparError
+from pipar_jax.disk import files as disk_files
+from pipar_jax.errors import DiskError, PiparError
+from pipar_jax.launch import certificates
 from pipar_jax.launch.certificates import add_certificate, make_authority
 from tests.patience import PROCESS_S
 
@@ -73,3 +75,31 @@ def test_what_is_no_address_is_refused_and_leaves_no_file(tmp_path, address):
     with pytest.raises(PiparError, match="neither a host name nor an address"):
         add_certificate(files, "d0", [address])
     assert not files.key("d0").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, DiskError])
+def test_half_a_pair_is_not_left_in_the_way(tmp_path, monkeypatch, error):
+    def refuse(path, content, remedy):
+        raise error
+
+    write = disk_files.write_secret
+    for make in (
+        lambda: make_authority(tmp_path),
+        lambda: add_certificate(certificates.Certificates(tmp_path), "d0", []),
+    ):
+        before = sorted(path.name for path in tmp_path.iterdir())
+        monkeypatch.setattr(disk_files, "write_secret", refuse)
+        with pytest.raises(error):
+            make()
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+        monkeypatch.setattr(disk_files, "write_secret", write)
+        make()
+    files = certificates.Certificates(tmp_path)
+    assert files.key("d0").stat().st_mode & 0o077 == 0
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_the_command_line(tmp_path):
+    (tmp_path / "file").touch()
+    done = run(f"--folder={tmp_path}/file/below", "--host=d0")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: --folder={tmp_path}/file/below cannot be used")

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from pipar_jax.cost_model.profile import Profile
+import pytest
+
+from configs import quickstart
+from experiments import plan
+from pipar_jax.cost_model.profile import DeviceProfile, Profile
+from pipar_jax.errors import ConfigError
 from tests.patience import PROCESS_S
-from tests.pipar_jax.tuner.profiles import bit_codecs, device, node, profile
+from tests.pipar_jax.tuner import profiles
+from tests.pipar_jax.tuner.profiles import bit_codecs, device, node
 
 ROOT = Path(__file__).parents[2]
+MODEL = "--config.model.name=mlp"
+
+
+def profile(*devices: DeviceProfile, **values: Any) -> Profile:
+    """A made-up profile that fits the preset with ``MODEL``."""
+    batch = quickstart.get_config().data.batch_size
+    made = profiles.profile(*devices, **values)
+    return dataclasses.replace(made, model="mlp", batch_size=batch)
 
 
 def run(binary: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -43,7 +60,7 @@ def test_a_profile_is_measured_printed_and_planned_with(tmp_path: Path) -> None:
 def test_the_best_plan_stands_first_with_what_binds_it(tmp_path: Path) -> None:
     file = tmp_path / "profile.json"
     file.write_text(json.dumps(profile(*[device("4g", 1.0)] * 2).to_dict()))
-    result = run("plan", f"--profile={file}")
+    result = run("plan", f"--profile={file}", MODEL)
     assert result.returncode == 0, result.stderr
     rows = [line.split("│") for line in result.stdout.splitlines() if line.startswith("│")]
     epochs = [float(row[6]) for row in rows[:-1]]
@@ -57,7 +74,7 @@ def test_it_says_for_each_link_why_its_tensors_are_coded_or_not(tmp_path: Path) 
     file = tmp_path / "profile.json"
     made = profile(device("4g", 3.0), device("none", 3.0), codecs=bit_codecs())
     file.write_text(json.dumps(made.to_dict()))
-    result = run("plan", f"--profile={file}", "--config.tuner.codecs=auto",
+    result = run("plan", f"--profile={file}", MODEL, "--config.tuner.codecs=auto",
                  "--config.tuner.methods=pipar")  # fmt: skip
     assert result.returncode == 0, result.stderr
     rows = codecs_rows(result.stdout)
@@ -86,7 +103,7 @@ def test_it_says_so_for_each_boundary_of_a_chain(tmp_path: Path) -> None:
     made = profile(device("4g", 8.0, units=10), units=10, codecs=bit_codecs(), nodes=nodes)
     file.write_text(json.dumps(made.to_dict()))
     result = run(
-        "plan", f"--profile={file}", "--config.method=accept", "--config.devices.count=1",
+        "plan", f"--profile={file}", MODEL, "--config.method=accept", "--config.devices.count=1",
         "--config.nodes.count=2", "--config.tuner.codecs=auto",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -115,7 +132,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     (other := tmp_path / "other").write_text("{}")
     for arguments, message in (
         ((f"--profile={tmp_path / 'none'}",), "cannot be read: No such file"),
-        ((f"--profile={file}", "--config.devices.count=3"), "--config.devices.count=1"),
+        ((f"--profile={file}", MODEL, "--config.devices.count=3"), "--config.devices.count=1"),
         (("--config.tuner.methods=fl,pipr",), "did you mean 'pipar'"),
         (("--config.tuner.micro_batches=2,x",), "'x' is not a positive whole number"),
         (("--config.tuner.codecs=zip",), "unknown codec 'zip'"),
@@ -126,6 +143,33 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
         assert result.returncode == 2
         assert message in result.stderr, result.stderr
         assert "Traceback" not in result.stderr and "unexpected" not in result.stderr
+
+
+def test_a_profile_of_something_else_is_refused_with_the_field() -> None:
+    config, made = quickstart.get_config(), profile(device(), device(), nodes=(node(),))
+    config.model.name = "mlp"
+    plan.check_fits(config, made)
+    config.method, config.nodes.count = "mpsl", 1
+    plan.check_fits(config, made)
+    for field, value, says in (
+        (
+            "model",
+            "cnn",
+            "model is mlp and the configuration's is cnn: set --config.model.name=mlp",
+        ),
+        (
+            "data",
+            7,
+            "mini-batch is 50 and the configuration's is 7: set --config.data.batch_size=50",
+        ),
+        ("devices", 3, "number of devices is 2 and the configuration's is 3: set "),
+        ("nodes", 2, "number of compute nodes is 1 and the configuration's is 2: set "),
+    ):
+        wrong = copy.deepcopy(config)
+        name = {"model": "name", "data": "batch_size"}.get(field, "count")
+        setattr(getattr(wrong, field), name, value)
+        with pytest.raises(ConfigError, match=f"^the profile's {says}"):
+            plan.check_fits(wrong, made)
 
 
 def test_a_profile_that_cannot_be_written_is_told_before_it_is_measured(tmp_path: Path) -> None:

@@ -243,9 +243,12 @@ def test_on_a_full_disk_the_weights_are_saved_and_one_clear_line_ends_it(
         assert "Traceback" not in train.output
 
 
-def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("module", ["train", "server"])
+def test_a_folder_that_cannot_be_written_is_one_clear_line(
+    tmp_path: pathlib.Path, module: str
+) -> None:
     (tmp_path / "file").write_text("")
-    with started("train", *short(tmp_path / "file" / "below")) as train:
+    with started(module, *short(tmp_path / "file" / "below")) as train:
         assert train.wait() == 2
         assert len(train.lines) == 1  # before the data are read
         assert train.lines[0].startswith(f"error: run.dir='{tmp_path}/file/below' cannot be used")

@@ -93,6 +93,11 @@ def test_what_is_not_searched_for_would_not_be_chosen(
     assert accept_trials.plans_of(config, profile) == narrow
 
 
+def test_measurements_of_other_data_are_saved_apart() -> None:
+    one, other = (accept_trials.Setting(2, 10, data_dir) for data_dir in ("", "/data"))
+    assert one.name == other.name and one.saved != other.saved
+
+
 def test_near_plans_are_the_fastest_partitions_first() -> None:
     config, profile = chain(6e6)
     stages = StageCosts(profile)

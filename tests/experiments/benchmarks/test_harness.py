@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags as absl_flags
 from rich.console import Console
 
 from experiments.benchmarks import harness
@@ -153,6 +155,49 @@ def _program(
         text=True,
         timeout=PROCESS_S,
     )
+
+
+def test_names_with_brackets_are_shown_as_they_are() -> None:
+    run, out = _bench()
+    run.title = "Sums [of all]"
+    run.row("cut[a]", 1.0, "[/s]", target=2.0)
+    run.finish()
+    for piece in ("Sums [of all]", "cut[a]", "1 [/s]", "met"):
+        assert piece in out.getvalue()
+
+
+def test_rows_are_written_whatever_becomes_of_the_table(tmp_path: Path) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "rows.json"
+    run = harness.Bench("Sums", json_path=path, console=Console(file=Full()))
+    run.row("figure", 1.0, "s")
+    with pytest.raises(OSError, match="No space left"):
+        run.finish()
+    assert [row["name"] for row in json.loads(path.read_text())] == ["figure"]
+
+
+def test_what_was_asked_for_is_measured_with_quick_as_well() -> None:
+    values = absl_flags.FlagValues()
+    flag = absl_flags.DEFINE_integer("repeats_of_a_test", 5, "", flag_values=values)
+    for arguments, whole, quick in (([], 5, 1), (["--repeats_of_a_test=7"], 7, 7)):
+        values.unparse_flags()
+        values(["program", *arguments])
+        assert _bench()[0].reduced(flag, 1) == whole
+        assert _bench(quick=True)[0].reduced(flag, 1) == quick
+
+
+def test_a_program_that_measures_nothing_says_so_and_leaves_the_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text("those of a whole run")
+    lines = 'run.missing("No figures of [Peer]: it is not installed.")'
+    text = PROGRAM.replace('run.row("quick", float(run.quick), "x", target=0.5)', lines)
+    result = _program(tmp_path, f"--json={tmp_path / 'rows.json'}", text=text)
+    assert result.returncode == 2
+    says = "nothing was measured: No figures of [Peer]: it is not installed."
+    assert result.stderr == f"error: {says}\n"
+    assert (tmp_path / "rows.json").read_text() == "those of a whole run"
 
 
 def test_a_program_ends_with_0_though_it_misses_its_target(tmp_path: Path) -> None:

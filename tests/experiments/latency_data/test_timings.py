@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.latency_data import collect
+from experiments.latency_data import collect, evaluation
 from experiments.latency_data.published_tables import TABLES, read_tables, read_timings
 from experiments.latency_data.timings import Timings
 from pipar_jax.errors import DataError, DiskError
@@ -119,3 +119,21 @@ def test_rows_of_tables_compute_what_their_sizes_say():
             weights = made.operators[:, 2].sum()
             if weights > 1e5:  # of small ones the table counts what a file adds
                 assert weights == pytest.approx(read.weight_bytes, rel=0.06), made[:3]
+
+
+def test_times_that_do_not_suffice_are_told_before_anything_is_trained():
+    made = synthetic.timings(range(4))
+    evaluation.check_complete(made, [])
+    lacking = [i for i, one in enumerate(made.layers) if one.network != "reference"]
+    with pytest.raises(DataError, match="lack the reference layers"):
+        evaluation.check_complete(made.select(layers=lacking), [])
+    with pytest.raises(DataError, match="fewer than two families"):
+        evaluation.check_complete(made.select([0, 3]), [])
+    made.backward_s[1, 20] = np.nan
+    evaluation.check_complete(made, [19])
+    with pytest.raises(DataError, match="device law1 lacks times of cnn, unit 0"):
+        evaluation.check_complete(made, [19, 20])
+    unknown = 2 * made.layers[5].operators
+    with pytest.raises(DataError, match="unit 1 of the network was not timed"):
+        evaluation.measured_units(made, [made.layers[4].operators, unknown])
+    assert evaluation.measured_units(made, [made.layers[4].operators]) == [4]

@@ -332,7 +332,7 @@ def test_what_is_not_there_says_what_to_put_where(
     with pytest.raises(DataError) as caught:
         load(source)
     text = str(caught.value)
-    assert str(tmp_path / "data") in text and "--config.data.data_dir" in text
+    assert str(tmp_path / "data") in text and "data.data_dir" in text
     assert all(file.name in text for file in SETS[source].files)
     assert SETS[source].files[0].url.rpartition("/")[0] in text
 
@@ -413,7 +413,7 @@ def test_what_is_not_fetched_whole_and_right_leaves_nothing_and_one_line(
     with pytest.raises(DataError, match=says) as caught:
         load("cifar10", download=True)
     text = str(caught.value)
-    assert "\n" not in text and f"{site.url}/{_CIFAR}" in text and "--config.data.data_dir" in text
+    assert "\n" not in text and f"{site.url}/{_CIFAR}" in text and "data.data_dir" in text
     assert not list((tmp_path / "data").glob("*"))
     site.content = {_CIFAR: _WHOLE}
     monkeypatch.setattr(download, "TIMEOUT_S", PATIENCE_S)

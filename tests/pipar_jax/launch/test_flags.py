@@ -95,6 +95,23 @@ def test_a_value_may_be_an_argument_of_its_own(presets: pathlib.Path) -> None:
     assert parsed.config.epochs == 4 and parsed.extra.index == 2 and parsed.config.debug
 
 
+def test_debugging_is_turned_off_as_well(presets: pathlib.Path) -> None:
+    (presets / "debugged.py").write_text(
+        "from pipar_jax.config import Config\ndef get_config():\n    return Config(debug=True)\n"
+    )
+    assert parse(presets, "--config=debugged").config.debug
+    for flag in ("--nodebug", "--debug=false", "--noconfig.debug"):
+        assert not parse(presets, "--config=debugged", flag).config.debug
+
+
+@pytest.mark.parametrize("said", ["--server", "server"])
+def test_an_address_that_is_none_is_called_what_it_was_given_as(said: str) -> None:
+    assert flags.parse_address("[::1]:7000", said) == ("::1", 7000)
+    for text in ("", "here", "here:0", "here:70000"):
+        with pytest.raises(ConfigError, match=f"^{said}='{text}' .*: write {said}=HOST:PORT$"):
+            flags.parse_address(text, said)
+
+
 def test_a_value_may_hold_anything(presets: pathlib.Path) -> None:
     source = "--config.data.source=npz:/a b/c=d,e.npz"
     assert parse(presets, "--config=small", source).config.data.source == "npz:/a b/c=d,e.npz"

@@ -125,6 +125,12 @@ FAILURES = [
     # what the hosts do, the error that must be raised, and what it must say
     ({"d1": "killed"}, RunError, r"d1 was ended by SIGKILL \(killed by a user.*d1\.log"),
     ({"server": "killed"}, RunError, r"server was ended by SIGKILL"),
+    pytest.param(
+        {"d1": "killed by a number"},
+        RunError,
+        r"d1 was ended by signal 63; log: ",
+        marks=pytest.mark.skipif(signal.NSIG < 64, reason="there are no signals for real time"),
+    ),
     ({"d0": "config error"}, ConfigError, r"^d0: pipeline\.cut=7 is beyond the last unit"),
     ({"server_before_listening": "config error"}, ConfigError, r"^server: pipeline\.cut=7"),
     ({"server": "full disk"}, RunError, r"no space left on the disk while writing metrics\.jsonl"),
@@ -135,7 +141,9 @@ FAILURES = [
 ]
 
 
-@pytest.mark.parametrize(("acts", "kind", "says"), FAILURES, ids=[str(one[0]) for one in FAILURES])
+@pytest.mark.parametrize(
+    ("acts", "kind", "says"), FAILURES, ids=lambda one: str(one) if isinstance(one, dict) else "-"
+)
 def test_the_first_real_error_is_raised_in_one_line_and_in_time(
     config: Config,
     monkeypatch: pytest.MonkeyPatch,

@@ -6,8 +6,10 @@ import os
 
 import pytest
 
-from pipar_jax.errors import RunError
+from comms.errors import PeerLost
+from pipar_jax.errors import ConfigError, RunError
 from pipar_jax.launch.pinning import PinnedProcess, environment, first_cores, pinned, run_pinned
+from stages.errors import StageError
 
 can_pin = pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity"), reason="this system cannot pin a process to cores"
@@ -20,6 +22,10 @@ def _where() -> list[int]:
 
 def _divide(a: float, b: float) -> float:
     return a / b
+
+
+def _fail(kind: type[Exception]) -> None:
+    raise kind("at fault")
 
 
 def _end() -> None:
@@ -73,15 +79,28 @@ def test_a_process_runs_on_its_cores_with_its_environment() -> None:
 
 def test_a_failure_is_raised_here_with_its_traceback_and_the_process_goes_on() -> None:
     with PinnedProcess("worker") as process:
-        with pytest.raises(RunError, match=r"(?s)_divide failed in process worker.*ZeroDivision"):
+        says = "_divide failed in process worker: ZeroDivisionError: float division by zero"
+        with pytest.raises(RunError, match=f"^{says}") as caught:
             process.call(_divide, 1.0, 0.0)
+        assert "Traceback" in caught.value.__notes__[0]
         assert process.call(_divide, 1.0, 2.0) == 0.5
+
+
+def test_errors_of_the_project_stay_what_they_are_with_their_traceback() -> None:
+    with PinnedProcess("worker") as process:
+        for kind in (StageError, PeerLost, ConfigError):
+            with pytest.raises(kind) as caught:
+                process.call(_fail, kind)
+            assert str(caught.value) == "at fault" and "in _fail" in caught.value.__notes__[0]
 
 
 def test_a_process_that_ends_is_an_error_with_its_exit_code() -> None:
     expected = r"worker ended \(exit code 7\) while it ran _end"
-    with pytest.raises(RunError, match=expected), PinnedProcess("worker") as process:
-        process.call(_end)
+    with PinnedProcess("worker") as process:
+        with pytest.raises(RunError, match=expected):
+            process.call(_end)
+        with pytest.raises(RunError, match=r"worker ended \(exit code 7\)"):
+            process.call(_end)  # its end of the pipe is closed
 
 
 def test_run_pinned_returns_the_result() -> None:

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags as absl_flags
 
 from pipar_jax.errors import ConfigError, DataError, DiskError, PlanError, RunError
 from pipar_jax.launch.binary import wrong_use
-from pipar_jax.launch.plain_flags import as_path, list_of, one_of, positive
+from pipar_jax.launch.plain_flags import as_path, define_folder, list_of, one_of, positive
 from tests.patience import PROCESS_S
 from tests.sources import ROOT
 
@@ -74,3 +75,27 @@ def test_every_list_of_a_benchmark_is_checked_before_it_measures(name: str) -> N
     tree = ast.parse((ROOT / "experiments" / f"{name}.py").read_text(encoding="utf-8"))
     calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     assert not [call for call in calls if call.endswith("DEFINE_list")]
+
+
+def test_a_flag_of_a_folder_reads_it_as_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").touch()
+    read = {}
+    for exists in (False, True):
+        define_folder(name := f"folder_of_a_test_{exists}", "A folder.", exists=exists)
+        read[exists] = absl_flags.FLAGS[name]
+        delattr(absl_flags.FLAGS, name)
+    for flag in read.values():
+        assert flag.value == ""
+        flag.parse("~")
+        assert flag.value == str(tmp_path)
+        with pytest.raises(absl_flags.Error, match="file is a file: name a folder"):
+            flag.parse("~/file")
+        with pytest.raises(absl_flags.Error, match="no-such-user"):
+            flag.parse("~no-such-user")
+    read[False].parse("~/new")
+    assert read[False].value == f"{tmp_path}/new"
+    with pytest.raises(absl_flags.Error, match=f"there is no folder {tmp_path}/new"):
+        read[True].parse("~/new")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import numpy as np
 import pytest
 
 from comms.errors import PeerLost
-from pipar_jax.config import Config, to_json
-from pipar_jax.errors import ConfigError, PeerError
+from pipar_jax.config import CheckpointConfig, Config, to_json
+from pipar_jax.errors import ConfigError, Interrupted, PeerError
 from pipar_jax.launch import process
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import resolve
@@ -122,6 +123,32 @@ def test_exit_codes() -> None:
     assert run(lambda: None) == (0, [])
     assert run(fail(KeyboardInterrupt())) == (130, [])
     assert run(fail(process.Terminated())) == (143, [])
+
+
+def test_what_an_interruption_has_to_say_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(fail(KeyboardInterrupt("go on with --config.run.resume=auto"))) == (130, [])
+    assert capsys.readouterr().err == "go on with --config.run.resume=auto\n"
+    says = "has a checkpoint after 3 rounds"
+    with (
+        pytest.raises(KeyboardInterrupt, match=says),
+        process.finishing(CheckpointConfig(every_rounds=1)),
+    ):
+        raise Interrupted(says)
+
+
+def test_a_run_with_checkpoints_needs_no_main_thread() -> None:
+    """Signals come to the main thread alone, where whoever started the thread heeds them."""
+    came: list[bool] = []
+
+    def work() -> None:
+        with process.finishing(CheckpointConfig(every_rounds=1)) as finish:
+            came.append(finish.is_set())
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert came == [False] and signal.getsignal(signal.SIGINT) is before
 
 
 def test_sigterm_is_an_interruption_with_a_code_of_its_own() -> None:

@@ -105,15 +105,20 @@ def test_hosts_are_run_one_by_one(tmp_path: pathlib.Path) -> None:
     assert config.run.dir == str(tmp_path)  # the caller's configuration stays as it was
 
 
-def test_a_node_and_a_device_are_refused_in_one_line(tmp_path: pathlib.Path) -> None:
+def test_a_host_that_cannot_take_part_is_refused_in_one_line(tmp_path: pathlib.Path) -> None:
     config = small(tmp_path)
     config.network.join_timeout_s = 0.1
     with pytest.raises(ConfigError, match=r"index=2 is not valid: devices.count=2, .* 0 to 1"):
         pipar_jax.run_device(config, 2, "127.0.0.1:1")
     with pytest.raises(ConfigError, match=r"index=1 is not valid: nodes.count=0, .* be none"):
         pipar_jax.run_node(config, 1, "127.0.0.1:1")
-    with pytest.raises(ConfigError, match="HOST:PORT"):
+    with pytest.raises(
+        ConfigError, match=r"^server=.nowhere. is not valid: write server=HOST:PORT$"
+    ):
         pipar_jax.run_device(config, 0, "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"^run\.dir=.*Not a directory"):
+        pipar_jax.run_server(small(tmp_path / "file" / "below"))
     config.method, config.nodes.count, config.pipeline.cuts = "mpsl", 1, "1,2"
     with pytest.raises(JoinError, match=r"compute node 1 cannot join: .* at 127\.0\.0\.1 port 1 "):
         pipar_jax.run_node(config, 1, "127.0.0.1:1")

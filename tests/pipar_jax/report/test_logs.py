@@ -37,6 +37,14 @@ def test_an_event_is_a_line_with_a_time_stamp(capfd: pytest.CaptureFixture[str])
     assert STAMP.match(second) and second.endswith(" W somebody: warns")
 
 
+def test_a_warning_to_a_user_is_its_text_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.begin()  # as a library may have done
+    logs.begin_plain()
+    logging.getLogger("pipar_jax.data.download").warning("downloading %s", "a file")
+    logging.getLogger("somebody").info("nothing")
+    assert capsys.readouterr().err == "downloading a file\n"
+
+
 def test_a_missing_tpu_is_not_told_and_a_missing_gpu_is(capfd: pytest.CaptureFixture[str]) -> None:
     logs.begin()
     logs.leave_out_tpu()
@@ -61,3 +69,8 @@ def test_warnings_of_a_device_are_told_to_whoever_started_it() -> None:
         log.removeHandler(handler)
     assert told == [{"event": "warning", "host": "d1", "text": "d1: none of 100"}]
     assert LINES["warning"](told[0]) == "d1: none of 100 (known on the device alone)"
+
+
+def test_a_run_that_was_asked_to_end_says_so() -> None:
+    line = LINES["interrupted"]({"event": "interrupted", "rounds": 3})
+    assert line == "ends as it was asked to, with a checkpoint after round 3"

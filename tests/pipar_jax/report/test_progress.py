@@ -102,6 +102,17 @@ def test_the_expected_end_follows_from_the_fraction() -> None:
     assert _followed(STARTED, FINISHED).left_s(104.0) == 0.0
 
 
+def test_a_resumed_run_is_expected_to_end_by_what_is_left_of_it() -> None:
+    resumed = {**STARTED, "resumed": 2}
+    state = _followed(resumed)
+    assert state.fraction == 0.5 and state.rounds_done == 2
+    assert state.left_s(104.0) is None  # nothing is known of its speed yet
+    state = _followed(resumed, {**ROUND, "round": 2})
+    # Begun at 102 s, a quarter of the run done by 104 s and a quarter to go.
+    assert state.fraction == 0.75 and state.left_s(104.0) == pytest.approx(2.0)
+    assert _followed({**STARTED, "resumed": 4}).left_s(104.0) is None
+
+
 def test_a_round_gives_throughput_link_use_and_busy_shares() -> None:
     state = _followed(STARTED, ROUND, EVALUATED)
     assert state.samples_per_s == 500.0

@@ -56,6 +56,9 @@ class Link:
 
     share_shape = set_shape
 
+    def begin_peak(self) -> None:
+        """Has no queue."""
+
     def stats(self):
         return LinkStats(**{one.name: 0 for one in dataclasses.fields(LinkStats)})
 

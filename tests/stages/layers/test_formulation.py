@@ -56,6 +56,14 @@ def _measured(tmp_path, monkeypatch):
     fastest.cache_clear()
 
 
+def test_a_table_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    (path := tmp_path / "table.csv").write_text("measured")
+    with pytest.raises(TypeError):
+        layer_formulations.write([("conv", (1,), {"xla": 1.0}), ("conv", None, {})], path)
+    assert path.read_text() == "measured"
+    assert [one.name for one in tmp_path.iterdir()] == ["table.csv"]
+
+
 @pytest.mark.parametrize(
     "samples",
     [
