@@ -223,6 +223,7 @@ class Worker:
             self._config,
             reply=self._replies.send,
             failed=self.mail.put,
+            refuse=self._refuse,
             link_table=self._neighbours.link_table,
             batches=self._prefetcher,
             slowness=self._own.slowdown,
