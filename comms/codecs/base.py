@@ -62,6 +62,14 @@ class Codec(Protocol):
     def decode(self, payload: Bytes, dtype: DType, shape: tuple[int, ...], parameter: int) -> Array:
         """Returns the array of this type and shape; the inverse of ``encode`` up to its loss."""
 
+    def check_payload(
+        self, payload: Bytes, dtype: DType, shape: tuple[int, ...], parameter: int
+    ) -> None:
+        """Raises CodecError unless ``decode`` can read a payload.
+
+        Called where a payload arrives, on the I/O thread: it reads no more of it than that takes.
+        """
+
     def encoded_bytes(self, dtype: DType, shape: tuple[int, ...], parameter: int) -> int:
         """Returns the payload's size without encoding: exact if ``exact_size``, else a maximum."""
 
@@ -116,11 +124,21 @@ class Raw:
         """Returns a view of the payload as the array.
 
         Raises:
+          CodecError: As in ``check_payload``.
+        """
+        self.check_payload(payload, dtype, shape, parameter)
+        return payload.view(dtype).reshape(shape)
+
+    def check_payload(
+        self, payload: Bytes, dtype: DType, shape: tuple[int, ...], parameter: int
+    ) -> None:
+        """Checks the values of bools: all other bytes are some array.
+
+        Raises:
           CodecError: If a bool is neither 0 nor 1, which numpy and XLA interpret differently.
         """
         if dtype == np.bool_ and payload.size and payload.max() > 1:
             raise CodecError(f"a bool of value {payload.max()}, expected 0 or 1")
-        return payload.view(dtype).reshape(shape)
 
     def encoded_bytes(self, dtype: DType, shape: tuple[int, ...], parameter: int) -> int:
         """Returns the array's own size."""

@@ -83,6 +83,16 @@ class BitCodec:
             most = min(most, fixed_bytes(count, setting.bits + 1))
         return HEAD_BYTES + most
 
+    def check_payload(
+        self, payload: Bytes, dtype: DType, shape: tuple[int, ...], parameter: int
+    ) -> None:
+        """Checks head, widths and the sizes of all sections against each other.
+
+        Raises:
+          CodecError: If they do not fit the array or each other.
+        """
+        PayloadParts.of(payload, dtype, shape, parameter)
+
     def encode(self, array: Array, parameter: int) -> Bytes:
         """Returns the smallest of the raw, the dense and the sparse form."""
         setting, flat = Setting.of(parameter), array.reshape(-1)

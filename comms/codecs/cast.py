@@ -65,6 +65,11 @@ class CastCodec:
             array.reshape(-1)[...] = narrow
         return array
 
+    def check_payload(
+        self, payload: Bytes, dtype: DType, shape: tuple[int, ...], parameter: int
+    ) -> None:
+        """Accepts all: any bytes of the exact size are some array."""
+
     def encoded_bytes(self, dtype: DType, shape: tuple[int, ...], parameter: int) -> int:
         """Returns the exact size."""
         return array_bytes(self.narrow, shape)

@@ -57,11 +57,27 @@ class Payload:
             except CodecError:
                 raise
             except Exception as error:  # whatever numpy raises, the bytes are invalid
-                raise CodecError(
-                    f"{self.data.size} bytes cannot be decoded by codec {self.codec.name} as "
-                    f"{self.dtype}{list(self.shape)}: {type(error).__name__}: {error}"
-                ) from error
+                raise self._unreadable(error) from error
         return self._array
+
+    def check(self) -> None:
+        """Checks that the payload can be decoded, without decoding it.
+
+        Raises:
+          CodecError: If the payload is not valid for the codec.
+        """
+        try:
+            self.codec.check_payload(self.data, self.dtype, self.shape, self.parameter)
+        except CodecError:
+            raise
+        except Exception as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> CodecError:
+        return CodecError(
+            f"{self.data.size} bytes cannot be decoded by codec {self.codec.name} as "
+            f"{self.dtype}{list(self.shape)}: {type(error).__name__}: {error}"
+        )
 
 
 class MessageKind(enum.StrEnum):

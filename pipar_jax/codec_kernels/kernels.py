@@ -20,7 +20,6 @@ import numpy as np
 
 from comms import CodecError, Payload, parse_codec
 from comms.arrays import Bytes, DType
-from comms.codecs.bit_payload import PayloadParts
 from comms.codecs.bit_settings import Setting
 from comms.codecs.bits import BitCodec
 from comms.codecs.block import TINY, BlockCodec
@@ -150,10 +149,10 @@ def decode_from_link(payload: Payload) -> jax.Array:
         payload.codec, payload.parameter, payload.dtype, payload.shape,
     )  # fmt: skip
     codec = f"{chosen.name}:{parameter}" if parameter else chosen.name
+    payload.check()
     if chosen.exact_size:
         data = jnp.asarray(payload.data)
     else:
-        PayloadParts.of(payload.data, dtype, shape, parameter)
         data = to_device(payload.data, chosen.encoded_bytes(dtype, shape, parameter))
     return decoder(codec, dtype, shape)(data)
 

@@ -124,10 +124,17 @@ def end_of(link_error: ChannelError, peer: str, words: str) -> PeerError:
       peer: Name of the peer for the message.
       words: Message for a lost peer.
     """
-    cause = link_error.__cause__
-    if isinstance(cause, FrameError | CodecError) and not isinstance(cause, DamageError):
+    if violation(link_error) is not None:
         return ProtocolError(f"{peer} violated the channel's protocol: {link_error}")
     return PeerError(f"{words}: {link_error}")
+
+
+def violation(link_error: ChannelError) -> ChannelError | None:
+    """Returns what of a peer's bytes has ended its link; None if it has ended otherwise."""
+    cause = link_error.__cause__
+    if isinstance(cause, FrameError | CodecError) and not isinstance(cause, DamageError):
+        return cause
+    return None
 
 
 def peek(arrived: Arrived) -> MessageType | None:

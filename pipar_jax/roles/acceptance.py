@@ -291,17 +291,18 @@ class Acceptance:
         if odd or (due is not None and payload.codec.name != "raw"):
             raw = "" if due is None else " in raw"
             return _odd(tag, payload, f"{dtype}{self._expected(features, tag)}{raw}")
-        if due is not None:
-            try:
-                array = payload.array
-            except CodecError as error:  # a truth value that is neither true nor false
-                return f"a tensor ({tag}): {error}"
-            if due.dtype.kind not in "bi" and not np.isfinite(array).all():
-                return f"a tensor ({tag}) with a number that is not finite"
-            if (reason := self._odd_target(array, tag, due)) is not None:
-                return reason
-        elif payload.codec is not stream.codec or payload.parameter != stream.parameter:
+        other = payload.codec is not stream.codec or payload.parameter != stream.parameter
+        if due is None and other:
             return _odd(tag, payload, f"codec {stream.codec.name}:{stream.parameter}")
+        try:
+            payload.check()  # it is decoded where nobody knows any more who sent it
+        except CodecError as error:
+            return f"a tensor ({tag}): {error}"
+        if due is not None:
+            if due.dtype.kind not in "bi" and not np.isfinite(payload.array).all():
+                return f"a tensor ({tag}) with a number that is not finite"
+            if (reason := self._odd_target(payload.array, tag, due)) is not None:
+                return reason
         self._lengths.note(tag.attempt, tag.device, tag.step, possible)
         return None
 

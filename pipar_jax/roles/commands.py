@@ -108,7 +108,7 @@ class Commands:
             self._bundles[type(said)](said, message)
 
     def _meet(self, said: messages.Meet) -> None:
-        self._neighbours.connect(said.number, said.boundaries, said.addresses)
+        self._neighbours.connect(said.number, said.boundaries, said.addresses, said.anew)
 
     def _prepare(self, said: messages.Prepare) -> None:
         self._replies.count_links(self._neighbours.link_table)

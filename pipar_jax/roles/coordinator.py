@@ -209,6 +209,7 @@ class Coordinator:
 
     def _say_goodbye(self) -> None:
         """Lets every host end, those among them that join meanwhile."""
+        self._members.broken_links.finish()
         told: set[str] = set()
         while names := [name for name in self._members.by_name if name not in told]:
             told.update(names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable
 
-from comms import Message, MessageKind
+from comms import Link, Message, MessageKind
 from pipar_jax.errors import ProtocolError
 from pipar_jax.schedule.plan import COORDINATOR, long_name
 
@@ -30,7 +30,7 @@ class CoordinatorMail:
         """Routes what arrives from the coordinator; runs on the I/O thread."""
         if message.kind == MessageKind.TENSOR:
             if (reason := self._tensors(message)) is not None:
-                self.put(ProtocolError(f"{long_name(COORDINATOR)} sent {reason}"))
+                self.refuse(message.link, reason)
             return
         large = message.kind == MessageKind.BUNDLE
         self._waiting[large] += 1
@@ -41,6 +41,11 @@ class CoordinatorMail:
             self.put(ProtocolError(f"{sent} more than it reads"))
             return
         self._queue.put(message)
+
+    def refuse(self, link: Link, reason: str) -> None:
+        """Ends the coordinator's link, and the host's part, for what it sent; on any thread."""
+        link.refuse(reason)
+        self.put(ProtocolError(f"{long_name(COORDINATOR)} sent {reason}"))
 
     def put(self, error: BaseException) -> None:
         """Queues what has ended a link or a thread; any thread may call it."""

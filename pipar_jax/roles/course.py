@@ -143,6 +143,8 @@ class Course:
             missing = [end for end in ends if is_node(end) and end not in said.addresses]
             if self._name in ends and missing:
                 return f"for {tuple(boundary)} without the address of {missing[0]}"
+        if strange := set(said.anew).difference(said.boundaries):
+            return f"anew for {tuple(min(strange))}, which is not among its boundaries"
         return None
 
     def _plan(self, said: messages.Prepare) -> str | None:

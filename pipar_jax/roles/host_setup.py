@@ -282,19 +282,21 @@ class HostSetup:
         neighbours = {name for one in boundaries for name in one[:2]}
         self._meetings += 1
         self.ever_met.update(boundaries)  # some may have met before another one was lost
+        links, told = self._members.broken_links, {COORDINATOR, *workers}
+        anew = links.ask([one for one in boundaries if told.issuperset(one[:2])])
+        meet = messages.Meet(self._meetings, tuple(boundaries), addresses, anew)
         for name in workers:
-            self._members.send(name, messages.Meet(self._meetings, tuple(boundaries), addresses))
+            self._members.send(name, meet)
         waiting, there = set(workers), self._members.by_name
         self._members.patience.begin()
         while there.keys() >= neighbours - {COORDINATOR}:
             for name, mail in self._members.early.take(messages.Met, waiting).items():
                 if mail.said.number == self._meetings:  # not that of a meeting that was given up
                     waiting.discard(name)
+                    links.note_met(name, anew)
             # Whoever is lost and back was not asked.
             waiting = {name for name in waiting if self._members.owes(name, messages.Met)}
             if not waiting.intersection(there):
-                for boundary in boundaries:
-                    self._members.broken_links.forget(*boundary[:2])
                 return True
             self._members.wait(sorted(waiting.intersection(there)), "met")
         return False

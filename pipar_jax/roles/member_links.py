@@ -113,8 +113,7 @@ class MemberLinks:
             message.release()
             if name is not None and self._is_past(message):
                 return
-            self.end(link, reason)
-            self.mail.put((Incoming.WRONG, link, reason))
+            self.end_for(link, reason)
         elif message.kind == MessageKind.TENSOR:
             self._tensors(message)
         elif waiting.messages < MANY or registry.peek(message) not in _PASSING:
@@ -148,6 +147,11 @@ class MemberLinks:
         return None if asked else f"{known.name!r}, which was not requested"
 
     # --- on any thread --------------------------------------------------------------------------
+
+    def end_for(self, link: Link, reason: str) -> None:
+        """Ends a link for what came over it, and lets the owner know; any thread may call it."""
+        self.end(link, reason)
+        self.mail.put((Incoming.WRONG, link, reason))
 
     def end(self, link: Link, reason: str) -> None:
         """Ends a link and discards its unread mail; any thread may call it."""

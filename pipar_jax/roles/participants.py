@@ -141,8 +141,8 @@ def run_node(
       stop: Ends the role when set.
 
     Raises:
-      JoinError: The coordinator or a neighbour cannot be reached or refuses this node.
-      PeerError: The coordinator or a neighbour was lost, or the run ended because of another host.
+      JoinError: The coordinator cannot be reached or refuses this node.
+      PeerError: The coordinator was lost, or the run ended because of another host.
       RunError: This node failed, cannot listen, or the plan needs more memory than it may take.
     """
     set_up_jax(config.model)

@@ -1,26 +1,24 @@
-"""A worker's links to its neighbours in the chains: who opens a link, and how it is identified."""
+"""A worker's links to its neighbours in the chains: who opens a link, and how it is identified.
+
+What a neighbour sends, or does not send, ends its own link at most: this host says so to the
+coordinator, which decides who goes (``roles/broken_links.py``), and goes on with what it has.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
-from comms import (
-    Allowance,
-    ChannelError,
-    Endpoint,
-    Link,
-    LinkShape,
-    Message,
-    MessageKind,
-    PeerClosed,
-)
+from comms import Allowance, ChannelError, Endpoint, Link, LinkShape, Message, MessageKind
 from comms.wire.bounded_json import one_line
 from pipar_jax.config import Hosts, NetworkConfig
-from pipar_jax.errors import JoinError, ProtocolError, RunError
+from pipar_jax.errors import ProtocolError, RunError
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.registry import Sender
+from pipar_jax.roles.patience import limit_s
 from pipar_jax.runtime.link_table import LinkTable, dialler
 from pipar_jax.schedule.plan import COORDINATOR, Boundary, is_node, long_name
 
@@ -39,9 +37,8 @@ class PeerLinks:
       tensors: Receives the tensors that arrive, with the peer's name and its link's boundary;
         returns what is wrong with a tensor, which ends that link; runs on the I/O thread.
       wake: Called when a link has credit again; runs on the I/O thread.
-      lost: Receives the error of a link that ended before the run; runs on the I/O thread.
-      cut: Receives the name of a neighbour that the run may lose, and why its link has ended; runs
-        on the I/O thread.
+      cut: Receives the name of a neighbour, why there is no link to it any more, and whether this
+        host has ended it for what the neighbour sent; on any thread.
       met: Called for each call of ``connect``, with its number, when every link that the last one
         asked for is connected; on any thread.
 
@@ -59,25 +56,27 @@ class PeerLinks:
         *,
         tensors: Callable[[str, Message, Boundary | None], str | None],
         wake: Callable[[], None],
-        lost: Callable[[BaseException], None],
-        cut: Callable[[str, str], None],
+        cut: Callable[[str, str, bool], None],
         met: Callable[[int], None],
     ) -> None:
         self._hosts, self._network, self._name, self._endpoint = hosts, network, name, endpoint
-        self._tensors, self._wake, self._lost, self._met = tensors, wake, lost, met
-        self._cut = cut
+        self._tensors, self._wake, self._cut, self._met = tensors, wake, cut, met
         self.link_table = LinkTable(name)
         self.refused = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._expected: tuple[Boundary, ...] = ()
         self._numbers: list[int] = []  # of the meetings that are to be answered
+        self._number = 0  # of the last meeting that this host was asked to
+        self._anew: dict[Boundary, int] = {}  # the last meeting that asked for a new link
         self._until_s, self._reason = 0.0, ""  # of waiting; of the last refusal
-        self._early: list[tuple[Boundary, Link]] = []
+        # Links of neighbours that have been asked to a meeting before this host was.
+        self._early: dict[Boundary, tuple[int, Link]] = {}
         # Links that share an emulated line, by the device that owns the radio, or by boundary.
         self._lines: dict[str | Boundary, list[Link]] = {}
         self._began_s: float | None = None
         self._parting = False
-        self._of: dict[Link, Boundary] = {}  # links that were taken
+        self._strangers: set[Link] = set()  # links that have not said what they are for
+        self._of: dict[Link, Boundary] = {}  # links that were taken and have not ended
 
     def listen(self) -> tuple[str, int]:
         """Begins to listen on the configured address; returns host and port.
@@ -100,56 +99,64 @@ class PeerLinks:
         number: int,
         boundaries: tuple[Boundary, ...],
         addresses: Mapping[str, tuple[str, int]],
+        anew: Collection[Boundary] = (),
     ) -> None:
         """Opens this host's links and waits for those that others open; ``met`` is called then.
 
         A later plan may need more links: existing links stay as they are. A later call replaces an
-        earlier one that still waits, as when one of the neighbours is lost.
+        earlier one that still waits, as when one of the neighbours is lost. A neighbour that cannot
+        be reached is reported.
 
         Args:
-          number: Number of the meeting.
+          number: Number of the meeting, from 1.
           boundaries: All of a plan's boundaries that need a link of their own.
           addresses: Host and port of every node.
-
-        Raises:
-          JoinError: A neighbour cannot be reached.
+          anew: Those of them whose earlier links do not count: their other end may be another
+            process by now, whose end this host has not noticed.
         """
         mine = tuple(one for one in boundaries if self._name in one[:2])
+        with self._lock:
+            self._anew.update(dict.fromkeys(set(anew).intersection(mine), number))
+            for link in [link for link, boundary in self._of.items() if boundary in anew]:
+                self._part(link)
+                link.refuse("its ends meet anew")
         for boundary in self.link_table.missing(mine):
             if dialler(boundary) == self._name:
-                self._dial(boundary, addresses)
+                self._dial(boundary, addresses, number)
         with self._lock:
-            self._expected = mine
+            self._expected, self._number = mine, number
             self._numbers.append(number)
             self._until_s = time.monotonic() + self._patience_s
-            early, self._early = self._early, []
-        for boundary, link in early:
-            self._take(boundary, link)
+            early, self._early = self._early, {}
+            for boundary, (meeting, link) in early.items():
+                self._place(boundary, meeting, link)
         self._look()
 
     def check(self) -> None:
-        """Ends a wait for neighbours that do not connect, or are refused.
-
-        Raises:
-          JoinError: Some have not connected in time.
-        """
+        """Reports neighbours that do not connect in time, or are refused; each meeting's once."""
         with self._lock:
             if not self._expected or time.monotonic() <= self._until_s:
                 return
-            late = self.link_table.missing(self._expected)
-        if not late:  # the last is just being taken
-            return
-        names = ", ".join(sorted({long_name(one.peer(self._name)) for one in late}))
-        refused = f"; {self.refused} refused, the last: {self._reason}" if self.refused else ""
-        raise JoinError(
-            f"{names} did not connect to {long_name(self._name)} within {self._patience_s:g} s "
-            f"(network.join_timeout_s and deadline_s){refused}"
-        )
+            late = {one.peer(self._name) for one in self.link_table.missing(self._expected)}
+            self._until_s = math.inf
+            refused = f"; {self.refused} refused, the last: {self._reason}" if self.refused else ""
+        for peer in sorted(late):
+            self._cut(
+                peer,
+                f"{long_name(peer)} did not connect to {long_name(self._name)} within "
+                f"{self._patience_s:g} s (network.join_timeout_s, deadline_s and progress_s)"
+                f"{refused}",
+                False,
+            )
 
     @property
     def _patience_s(self) -> float:
-        """Seconds to wait for links that others open: as long as they may try to connect."""
-        return self._network.join_timeout_s + self._network.deadline_s
+        """Seconds to wait for links that others open: as long as they may try to connect.
+
+        Less if the run would end before, with this host as the one that makes no progress.
+        """
+        may_try_s = self._network.join_timeout_s + self._network.deadline_s
+        return min(may_try_s, limit_s(self._network, 0.0) / 2)
 
     def allow(self, tensor_bytes: Callable[[str], int]) -> None:
         """Limits what neighbours may send to the largest tensors of a plan.
@@ -177,8 +184,10 @@ class PeerLinks:
         """Records that the run is over, so that the end of a link is not a loss."""
         self._parting = True
 
-    def _dial(self, boundary: Boundary, addresses: Mapping[str, tuple[str, int]]) -> None:
-        peer = boundary.upper if boundary.lower == self._name else boundary.lower
+    def _dial(
+        self, boundary: Boundary, addresses: Mapping[str, tuple[str, int]], number: int
+    ) -> None:
+        peer = boundary.peer(self._name)
         try:
             link = self._endpoint.connect(
                 *addresses[peer],
@@ -187,18 +196,13 @@ class PeerLinks:
                 expected=peer,
                 retry=not self._hosts.may_be_lost(peer),
             )
-            self._shape(boundary, link)
-            self._of[link] = boundary
-            link.admit(_NOTHING)
-            self._begin(link)
-            registry.send(link, messages.Neighbour(boundary))
         except ChannelError as error:
-            if self._hosts.may_be_lost(peer):
-                return  # the coordinator hears of it, and plans without it
-            raise JoinError(
-                f"{long_name(self._name)} cannot reach its neighbour {peer}: {error}"
-            ) from error
-        self.link_table.add(boundary, link)
+            self._cut(peer, f"{long_name(self._name)} cannot reach its neighbour: {error}", False)
+            return
+        self._take(boundary, link)
+        self._begin(link)
+        with contextlib.suppress(ChannelError):  # its end is reported
+            registry.send(link, messages.Neighbour(boundary, number))
 
     def _dial_s(self, peer: str) -> float:
         """Returns the seconds within which a neighbour must answer, which listens before it joins.
@@ -211,6 +215,7 @@ class PeerLinks:
 
     def on_link(self, link: Link) -> None:
         """Accepts a connection, whose first message names its boundary; on the I/O thread."""
+        self._strangers.add(link)
         self._begin(link)
 
     def _begin(self, link: Link) -> None:
@@ -226,6 +231,9 @@ class PeerLinks:
         if taken is not None:
             self._on_neighbour(link, taken, message)
             return
+        if link not in self._strangers:
+            message.release()  # of a link that was ended here, and has not noticed it yet
+            return
         try:
             said = registry.decode(message, Sender.NEIGHBOUR, "a neighbour")
         except ProtocolError as error:
@@ -233,57 +241,69 @@ class PeerLinks:
             return
         assert isinstance(said, messages.Neighbour)  # the one message between neighbours
         boundary = said.boundary
-        if (reason := self._strange(boundary, link)) is not None:
-            self._refuse(link, reason)
-            return
-        with self._lock:
-            if not self._expected:  # it met the others before this host was asked to
-                self._early.append((boundary, link))
-                return
-        self._take(boundary, link)
-        self._look()
-
-    def _strange(self, boundary: Boundary, link: Link) -> str | None:
-        """Returns why a link cannot be a neighbour's under any plan, or None."""
         known = self._name in boundary[:2] and link.peer == boundary.peer(self._name)
         if not known or link.peer not in self._hosts or link.peer == COORDINATOR:
-            return f"{link.peer} asked to be a neighbour for {tuple(boundary)}"
+            self._refuse(link, f"{link.peer} asked to be a neighbour for {tuple(boundary)}")
+            return
         with self._lock:
-            if any(one == boundary for one, _ in self._early):
-                return f"{link.peer} asked twice to be a neighbour for {tuple(boundary)}"
-        return None
+            self._place(boundary, said.number, link)
+        self._look()
 
     def _on_neighbour(self, link: Link, boundary: Boundary, message: Message) -> None:
         """Receives what a connected neighbour sends: only tensors."""
-        peer = boundary.peer(self._name)
         if message.kind == MessageKind.TENSOR:
-            reason = self._tensors(peer, message, boundary)
+            reason = self._tensors(boundary.peer(self._name), message, boundary)
         else:
+            message.release()
             reason = f"a {message.kind} message, expected tensors"
-            link.refuse(reason)
         if reason is not None:
-            self._lost(ProtocolError(f"{long_name(peer)} sent {long_name(self._name)} {reason}"))
+            self.end(link, reason)
 
     def _refuse(self, link: Link, reason: str) -> None:
         """Ends the link of an unknown peer; the run goes on."""
         self.refused += 1
         self._reason = one_line(reason, 300)
+        self._strangers.discard(link)
         link.refuse(reason)
 
-    def _take(self, boundary: Boundary, link: Link) -> None:
-        """Accepts a link that a neighbour opened, if it is expected."""
-        missing = self.link_table.missing(self._expected)
-        if boundary not in missing or link.peer != boundary.peer(self._name):
-            self._refuse(
-                link,
-                f"{long_name(self._name)} does not expect {link.peer} for {tuple(boundary)}: "
-                "do all hosts belong to this run?",
-            )
+    def _place(self, boundary: Boundary, number: int, link: Link) -> None:
+        """Takes a link that a neighbour opened, keeps it for a later meeting, or refuses it.
+
+        The lock is held.
+
+        Args:
+          boundary: What it is for.
+          number: The meeting for which it was opened.
+          link: The link.
+        """
+        if number > self._number:  # the neighbour was asked to it before this host is
+            before = self._early.pop(boundary, None)
+            if before is None or before[1] is not link:
+                self._early[boundary] = number, link
+            if before is not None:
+                reason = f"{link.peer} asked twice to be a neighbour for {tuple(boundary)}"
+                self._refuse(before[1], reason)
             return
-        self._of[link] = boundary
-        link.admit(_NOTHING)
-        self._shape(boundary, link)
-        self.link_table.add(boundary, link)
+        missing = self.link_table.missing(self._expected)
+        if boundary in missing and number >= self._anew.get(boundary, 0):
+            self._strangers.discard(link)
+            self._take(boundary, link)
+            return
+        self._refuse(
+            link,
+            f"{long_name(self._name)} does not expect {link.peer} for {tuple(boundary)}: do all "
+            "hosts belong to this run?",
+        )
+
+    def _take(self, boundary: Boundary, link: Link) -> None:
+        """Makes a link that of a boundary, in place of an earlier one."""
+        with self._lock:
+            for earlier in [one for one, of in self._of.items() if of == boundary]:
+                self._part(earlier)  # it has ended, and its end is about to be told
+            self._of[link] = boundary
+            link.admit(_NOTHING)
+            self._shape(boundary, link)
+            self.link_table.add(boundary, link)
 
     def _look(self) -> None:
         """Calls ``met``, once for each meeting, when no link is missing."""
@@ -323,27 +343,51 @@ class PeerLinks:
             return lower.up if line.lower == self._name else lower.down
         return self._hosts[line].down
 
+    def has(self, link: Link) -> bool:
+        """Returns whether a neighbour's link was taken and has not ended."""
+        return link in self._of
+
+    def end(self, link: Link, reason: str) -> None:
+        """Ends a neighbour's link for what came over it, and reports it; on any thread.
+
+        Args:
+          link: The link.
+          reason: What the neighbour sent.
+        """
+        self._end(link, reason, fault=True)
+
     def _on_lost(self, link: Link, error: ChannelError) -> None:
-        """Reports a link that ended; runs on the I/O thread."""
-        boundary = self._of.get(link)
-        if boundary is None:  # an unknown peer
-            with self._lock:
-                self._early = [one for one in self._early if one[1] is not link]
-            return
-        if self._hosts.may_be_lost(boundary.peer(self._name)):
-            # The coordinator decides who goes on without it; it may return over another link.
-            del self._of[link]
-            with self._lock:
-                for links in self._lines.values():
-                    if link in links:
-                        links.remove(link)
-            # Not if the neighbour has ended, or has been away and has met this host anew since.
-            is_cut = not (self._parting or isinstance(error, PeerClosed))
-            if is_cut and dict(self.link_table.direct()).get(boundary) is link:
-                self._cut(boundary.peer(self._name), str(error))
-            return
-        # A peer that closes its link has finished, or has told the coordinator why not.
-        if not (self._parting or isinstance(error, PeerClosed)):
-            peer = boundary.peer(self._name)
-            words = f"{long_name(self._name)} lost {peer}"
-            self._lost(registry.end_of(error, long_name(peer), words))
+        """Reports a link that ended, regularly or not; runs on the I/O thread."""
+        with self._lock:
+            self._strangers.discard(link)
+            for boundary, (_, early) in list(self._early.items()):
+                if early is link:
+                    del self._early[boundary]
+        if (violation := registry.violation(error)) is None:
+            self._end(link, str(error), fault=False)
+        else:
+            self._end(link, f"what breaks the channel's protocol: {violation}", fault=True)
+
+    def _end(self, link: Link, reason: str, *, fault: bool) -> None:
+        """Ends a neighbour's link and reports it; not if this host is leaving.
+
+        The one way in which a link ends on this side, whatever the cause. The neighbour may have
+        ended, or be about to: the coordinator knows which reports are of no importance.
+        """
+        with self._lock:
+            boundary = self._of.get(link)
+            if boundary is None:
+                return  # ended before, or opened anew
+            self._part(link)
+        link.refuse(reason)
+        if not self._parting:
+            self._cut(boundary.peer(self._name), reason, fault)
+
+    def _part(self, link: Link) -> None:
+        """Takes a link out of all tables; the lock is held."""
+        self.link_table.end(self._of.pop(link))
+        for line, links in list(self._lines.items()):
+            if link in links:
+                links.remove(link)
+            if not links:
+                del self._lines[line]

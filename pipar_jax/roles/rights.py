@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from comms import Link, Message, Role
-from pipar_jax.errors import ProtocolError
 from pipar_jax.protocol import messages
 from pipar_jax.roles.acceptance import Acceptance
 from pipar_jax.roles.course import Course
@@ -58,7 +57,7 @@ class Rights:
       neighbours: The host's direct links.
       batch_size: Samples of a mini-batch.
       evaluates: Whether the host evaluates weights of the whole model.
-      failed: Takes what is wrong with a tensor that came before its round.
+      refuse: Ends a link for what came over it.
     """
 
     def __init__(
@@ -71,10 +70,10 @@ class Rights:
         *,
         batch_size: int,
         evaluates: bool,
-        failed: Callable[[BaseException], None],
+        refuse: Callable[[Link, str], None],
     ) -> None:
         self._model, self._host, self._holdings = model, host, holdings
-        self._course, self._neighbours, self._failed = course, neighbours, failed
+        self._course, self._neighbours, self._refuse = course, neighbours, refuse
         self._batch_size, self._evaluates = batch_size, evaluates
         self._acceptance: Acceptance | None = None
         self._ahead = EarlyTensors()  # the I/O thread's
@@ -142,11 +141,14 @@ class Rights:
         assert self._acceptance is not None
         self._acceptance.open(said.spans, said.attempt, said.samples)
         for peer, message, boundary in self._ahead.take():
-            if (reason := self.on_tensor(peer, message, boundary)) is not None:
-                self._failed(ProtocolError(f"{long_name(peer)} sent {reason}"))
+            link = message.link
+            if boundary is not None and not self._neighbours.has(link):
+                message.release()  # its link has ended meanwhile
+            elif (reason := self.on_tensor(peer, message, boundary)) is not None:
+                self._refuse(link, reason)
 
     def on_tensor(self, peer: str, message: Message, boundary: Boundary | None) -> str | None:
-        """Hands a tensor to the host, or returns why not.
+        """Hands a tensor to the host, or returns why not: its link is to be ended then.
 
         Args:
           peer: Who sent it.
@@ -165,5 +167,4 @@ class Rights:
         elif acceptance.is_ahead(tag) and self._ahead.add(peer, message, boundary):
             return None
         message.release()
-        message.link.refuse(reason or "")
         return reason

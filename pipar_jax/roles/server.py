@@ -213,6 +213,7 @@ def _serve(
             config,
             reply=members.links.local_reply,
             failed=members.links.local_failure,
+            refuse=members.links.end_for,
             slowness=members.hosts[COORDINATOR].slowdown,
             rematerialise=config.server.rematerialise,
         )

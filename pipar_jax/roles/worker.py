@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import comms
-from comms import ChannelError, Endpoint, Link, Message, MessageKind, PeerLost
+from comms import ChannelError, Endpoint, Link, Message, MessageKind
 from comms.link.pending_connection import CutShortError
 from comms.wire.bounded_json import one_line
 from pipar_jax.config import Config
@@ -102,8 +102,7 @@ class Worker:
         )  # fmt: skip
         self._neighbours = PeerLinks(
             hosts, config.network, name, self._endpoint,
-            tensors=self._on_tensor, wake=self._wake, lost=self.mail.put, cut=self._note_cut,
-            met=self._note_met,
+            tensors=self._on_tensor, wake=self._wake, cut=self._note_cut, met=self._note_met,
         )  # fmt: skip
         if model is not None and loader is not None:
             self._start(model)  # a node is told what samples look like
@@ -224,6 +223,7 @@ class Worker:
             self._config,
             reply=self._replies.send,
             failed=self.mail.put,
+            refuse=self._refuse,
             link_table=self._neighbours.link_table,
             batches=self._prefetcher,
             slowness=self._own.slowdown,
@@ -235,7 +235,7 @@ class Worker:
         self._rights = Rights(
             model, self.host, Holdings(model, self._config), self._course, self._neighbours,
             batch_size=self._config.data.batch_size, evaluates=self._tests is not None,
-            failed=self.mail.put,
+            refuse=self._refuse,
         )  # fmt: skip
         self._commands = Commands(
             self._config, self._own, model, self.host, self._rights, self._course,
@@ -249,7 +249,7 @@ class Worker:
         return self._link
 
     def _lost(self, error: ChannelError) -> PeerError:
-        """Returns what the end of a link means, the coordinator's or a neighbour's.
+        """Returns what the end of the coordinator's link means, or that it takes nothing more.
 
         Raises:
           JoinError: The coordinator's last word was that it refuses this host.
@@ -265,9 +265,7 @@ class Worker:
             lost = registry.end_of(error, "the server", f"{self._long} lost the coordinator")
             lost.again = not isinstance(lost, ProtocolError)
             return lost
-        if not isinstance(error, PeerLost):  # it is there, and does not take what is sent
-            return PeerError(f"{self._long}: {error}")
-        return PeerError(f"{self._long} lost a neighbour: {error}")
+        return PeerError(f"{self._long}: {error}")
 
     # --- mail ---------------------------------------------------------------------------------
 
@@ -292,7 +290,6 @@ class Worker:
         """Waits for mail, looking now and then whether to stop, and who goes on.
 
         Raises:
-          JoinError: A neighbour did not come.
           PeerError: It was told to stop, or the coordinator shows no progress.
         """
         self._patience.begin()
@@ -309,10 +306,15 @@ class Worker:
         """Hands a tensor to the host, or returns why not; runs on the I/O thread."""
         if self._rights is not None:
             return self._rights.on_tensor(peer, message, boundary)
-        reason = f"a tensor ({message.tag}) before there is a plan"
         message.release()
-        message.link.refuse(reason)
-        return reason
+        return f"a tensor ({message.tag}) before there is a plan"
+
+    def _refuse(self, link: Link, reason: str) -> None:
+        """Ends a link for what came over it: with the coordinator's this host's part ends, too."""
+        if link.peer == COORDINATOR:
+            self.mail.refuse(link, reason)
+        else:
+            self._neighbours.end(link, reason)
 
     def _wake(self) -> None:
         """Tells the host that a link has credit; runs on the I/O thread."""
@@ -338,10 +340,10 @@ class Worker:
             self._rights.allow_neighbours()
         self._replies.send(messages.Met(number), {})
 
-    def _note_cut(self, peer: str, reason: str) -> None:
-        """Reports that the link to a neighbour has ended; runs on the I/O thread."""
+    def _note_cut(self, peer: str, reason: str, fault: bool) -> None:
+        """Reports that there is no link to a neighbour any more; on any thread."""
         try:
-            self._replies.send(messages.NeighbourLost(peer, one_line(reason, 300)), {})
+            self._replies.send(messages.NeighbourLost(peer, one_line(reason, 300), fault), {})
         except ChannelError:
             return  # the coordinator's link has ended too, which the main thread hears of
 

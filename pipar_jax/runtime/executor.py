@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from comms import Message, Role, Tag
+from comms import CodecError, Message, Role, Tag
 from pipar_jax.errors import RunError
 from pipar_jax.runtime.completion import Work
 from pipar_jax.runtime.link_table import LinkTable
@@ -39,6 +39,19 @@ from stages import MicroBatchContext, Model
 from stages.release import CLIPPED
 from stages.tasks.task import LOSS as LOSS_NAME
 from stages.trees import PyTree
+
+
+class UnreadableError(Exception):
+    """A tensor that was taken from a link cannot be decoded.
+
+    Attributes:
+      link: Its link.
+      reason: What its sender sent, in words.
+    """
+
+    def __init__(self, message: Message, why: str) -> None:
+        self.link, self.reason = message.link, f"a tensor ({message.tag}): {why}"
+        super().__init__(self.reason)
 
 
 class Executor:
@@ -142,7 +155,11 @@ class Executor:
         return self._replicas[ALL, stage] if found is None else found
 
     def perform(self, action: Action) -> Work:
-        """Dispatches an action's computation and returns at once."""
+        """Dispatches an action's computation and returns at once.
+
+        Raises:
+          UnreadableError: Its input cannot be decoded; nothing was dispatched.
+        """
         # Before the call: a small computation may run inside it.
         self._dispatched_s = time.monotonic()
         return self._perform[action.kind](action)
@@ -308,11 +325,20 @@ class Executor:
         return self._open(action._replace(kind=operation.received))
 
     def _open(self, received: Action) -> tuple[jax.Array, Callable[[], None]]:
-        """Returns an arrived tensor and a callback for when it has been consumed."""
-        message = self._arrived.pop(received)
+        """Returns an arrived tensor and a callback for when it has been consumed.
+
+        Raises:
+          UnreadableError: It cannot be decoded; it is held until its place is forgotten.
+        """
+        message = self._arrived[received]
         samples = self.part(received).samples
         zeros = received.kind is RECEIVE_BACKWARD
-        array = open_parcel(message, filler(samples, self._computed_size(samples), zeros=zeros))
+        fill = filler(samples, self._computed_size(samples), zeros=zeros)
+        try:
+            array = open_parcel(message, fill)
+        except CodecError as error:
+            raise UnreadableError(message, str(error)) from error
+        del self._arrived[received]
         self._ledger.hold(array.nbytes - message.nbytes)
         return array, message.release
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from comms import Message
+from comms import Link, Message
 from pipar_jax.config import Config
 from pipar_jax.config.checkpoints import state_folders
 from pipar_jax.config.slowdown import UNSLOWED, Slowdown
@@ -21,7 +21,7 @@ from pipar_jax.protocol.registry import ControlMessage
 from pipar_jax.runtime import memory, unit_state
 from pipar_jax.runtime.alone_times import AloneTimes
 from pipar_jax.runtime.dispatch_thread import DispatchThread
-from pipar_jax.runtime.host_rounds import HostRounds, Reply
+from pipar_jax.runtime.host_rounds import HostRounds, Refuse, Reply
 from pipar_jax.runtime.link_table import LinkTable
 from pipar_jax.runtime.observations import Observer
 from pipar_jax.runtime.personal import PersonalWeights
@@ -48,6 +48,7 @@ class Host:
       config: The resolved configuration.
       reply: Takes replies; called on any of the host's threads, must only post.
       failed: Takes the error that ended a thread; called once, must only post.
+      refuse: Ends a link for what came over it; called on the dispatch thread.
       link_table: The host's links, if they are made elsewhere.
       batches: The data, if this host is a device.
       slowness: Emulated slowness: computations last so many times their time alone.
@@ -71,6 +72,7 @@ class Host:
         *,
         reply: Reply,
         failed: Callable[[BaseException], None],
+        refuse: Refuse = Link.refuse,
         link_table: LinkTable | None = None,
         batches: Batches | None = None,
         slowness: Slowdown = UNSLOWED,
@@ -92,7 +94,7 @@ class Host:
         self._thread = DispatchThread(name, failed)
         self._rounds = HostRounds(
             name, config, self.share, self._thread, self.link_table, self.recorder, reply,
-            times=self._times, gate=self._gate, batches=batches, releases=releases,
+            times=self._times, gate=self._gate, refuse=refuse, batches=batches, releases=releases,
         )  # fmt: skip
         self._folders = state_folders(config.name, config.run, name)
         self._files = StateFiles(name, self._folders, self._tell_kept)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from comms import Message
+from comms import Link, Message
 from pipar_jax.config import Config, may_lose
 from pipar_jax.errors import RunError
 from pipar_jax.protocol import messages
@@ -24,7 +24,7 @@ from pipar_jax.runtime.alone_times import AloneTimes
 from pipar_jax.runtime.completion import Completion, Work
 from pipar_jax.runtime.credits import Credits
 from pipar_jax.runtime.dispatch_thread import DispatchThread
-from pipar_jax.runtime.executor import Executor
+from pipar_jax.runtime.executor import Executor, UnreadableError
 from pipar_jax.runtime.link_table import LinkTable
 from pipar_jax.runtime.metrics import Meter, Totals
 from pipar_jax.runtime.recorder import Recorder
@@ -46,6 +46,8 @@ IN_FLIGHT = 2
 
 #: Takes a message of ``protocol``, and the states of units that go with it.
 Reply = Callable[[Any, States], None]
+#: Ends a link for what came over it: the link, and what that was.
+Refuse = Callable[[Link, str], None]
 
 
 class HostRounds:
@@ -64,6 +66,7 @@ class HostRounds:
       reply: Takes replies; called on any of the host's threads.
       times: How long computations have to last.
       gate: Lets trained weights out.
+      refuse: Ends a link for what came over it.
       batches: The device's data, if this host is a device.
       releases: What a device of a private run may send.
     """
@@ -80,10 +83,12 @@ class HostRounds:
         *,
         times: AloneTimes,
         gate: UpdateGate,
+        refuse: Refuse,
         batches: Batches | None,
         releases: Releases | None,
     ) -> None:
         self._name, self._config, self._share, self._thread = name, config, share, thread
+        self._refuse = refuse
         self._link_table, self._recorder, self._reply = link_table, recorder, reply
         self._times, self._gate, self._batches, self._releases = times, gate, batches, releases
         self._link_table.host = share.seat
@@ -183,6 +188,9 @@ class HostRounds:
             work = (
                 self._hand_on(action) if action.kind == SEND_CLIENT_MODEL else self._perform(action)
             )
+            if work is None:  # nothing follows from it: its place is not over before it is dropped
+                self._dispatcher.finish(action)
+                continue
             self._in_flight += 1
             self.completion.put(work)
             self._feeder.dispatched(action)
@@ -204,9 +212,16 @@ class HostRounds:
         """Lets what waits for an action of elsewhere be ready."""
         self._dispatcher.complete(action)
 
-    def _perform(self, action: Action) -> Work:
+    def _perform(self, action: Action) -> Work | None:
+        """Dispatches an action; None if its input cannot be read, which ends the sender's link.
+
+        What arrives is checked before it is taken; this is for a codec whose own check is wrong.
+        """
         try:
             return self._executor.perform(action)
+        except UnreadableError as error:
+            self._refuse(error.link, error.reason)
+            return None
         except (ValueError, TypeError, jax.errors.JaxRuntimeError) as error:
             raise RunError(f"{self._name}: {action} failed: {error}") from error
 

@@ -26,14 +26,23 @@ class LinkTable:
         self.host = host
         self.control: dict[str, Link] = {}
         self._direct: dict[Boundary, Link] = {}
+        self._ended: set[Boundary] = set()
 
     def add(self, boundary: Boundary, link: Link) -> None:
-        """Adds a link to a neighbour for the tensors of a boundary."""
+        """Adds a link to a neighbour for the tensors of a boundary, in place of an ended one."""
         self._direct[boundary] = link
+        self._ended.discard(boundary)
+
+    def end(self, boundary: Boundary) -> None:
+        """Counts a boundary's link as missing; what is still sent over it reaches nobody.
+
+        The link itself may take a while to end: its reason is sent first.
+        """
+        self._ended.add(boundary)
 
     def missing(self, boundaries: tuple[Boundary, ...]) -> list[Boundary]:
         """Returns this host's boundaries whose link is missing or has ended."""
-        there = {one for one, link in self.direct() if link.error is None}
+        there = {one for one, link in self.direct() if link.error is None} - self._ended
         return [one for one in boundaries if self.host in one[:2] and one not in there]
 
     def direct(self) -> list[tuple[Boundary, Link]]:

@@ -8,7 +8,9 @@ import struct
 import zlib
 from collections import deque
 
-from comms import ChannelOptions
+import numpy as np
+
+from comms import ChannelOptions, parse_codec
 from comms.link.doorstep import Doorstep
 from comms.link.incoming import pack_json
 from comms.link.link import Link
@@ -103,10 +105,15 @@ def valid_frames(rng: random.Random) -> list[Part]:
             add(Header(Kind.MANIFEST, 4), pack_json({"name": "w", "tensors": ["x"], "body": {}}))
             add(Header(Kind.TENSOR, 4, 0, 11, 1, flags=2), rng.randbytes(8), (2,))
         elif kind == 4:
-            codec = rng.choice((1, 4, 5, 7))
-            bytes_of = {1: 32, 4: 4 + 16, 5: 4 + 8, 7: rng.randrange(8, 60)}[codec]
-            header = Header(Kind.TENSOR, 3, codec, 11, 1, codec_parameter=16 * (codec > 1))
-            add(header, rng.randbytes(bytes_of), (16,))
+            name = rng.choice(("bfloat16", "float16", "fp8:16", "int8:16", "int4:16", "bits:16",
+                               "fp8_e5m2:16", "bits:abs0.1", "bits:lossless"))  # fmt: skip
+            codec, parameter = parse_codec(name)
+            header = Header(Kind.TENSOR, 3, codec.code, 11, 1, codec_parameter=parameter)
+            array = np.array([rng.choice((0.0, 0.0, 1.5)) for _ in range(16)], np.float32)
+            payload = codec.encode(array, parameter).tobytes()
+            if rng.random() < 0.3:
+                payload = rng.randbytes(len(payload))
+            add(header, payload, (16,))
         else:
             add(Header(Kind.PING), PING.pack(1.0))
             add(Header(Kind.PONG), PONG.pack(1.0, 2.0, 3.0))

@@ -103,11 +103,18 @@ class Meet(ControlMessage):
     """Asks neighbours to connect to each other; answered by ``Met``.
 
     A later one replaces it, as when a neighbour is lost; each of them is answered.
+
+    Attributes:
+      number: Number of the meeting, from 1.
+      boundaries: All boundaries that need a link of their own.
+      addresses: Host and port of every node.
+      anew: Those of them whose links are to be opened anew, even where an earlier one seems alive.
     """
 
     number: Count
     boundaries: Annotated[tuple[Boundary, ...], Many(BOUNDARY, MOST_HOSTS)]
     addresses: Annotated[dict[str, tuple[str, int]], Table(ADDRESS, MOST_HOSTS, HOST)]
+    anew: Annotated[tuple[Boundary, ...], Many(BOUNDARY, MOST_HOSTS)]
 
 
 @message("met", Sender.HOST)
@@ -123,15 +130,23 @@ class NeighbourLost(ControlMessage):
 
     Attributes:
       peer: The neighbour.
-      reason: Why the link has ended.
+      reason: Why the link has ended; with ``fault`` what the neighbour sent.
+      fault: Whether this host has ended it for what the neighbour sent.
     """
 
     peer: Annotated[str, HOST]
     reason: Words
+    fault: Annotated[bool, Truth()]
 
 
 @message("neighbour", Sender.NEIGHBOUR)
 class Neighbour(ControlMessage):
-    """The first message on a link between neighbours: its purpose."""
+    """The first message on a link between neighbours: its purpose.
+
+    Attributes:
+      boundary: The boundary that it is for.
+      number: Number of the meeting for which it is opened.
+    """
 
     boundary: Place
+    number: Count

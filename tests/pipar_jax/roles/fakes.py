@@ -115,6 +115,21 @@ def payload(array: np.ndarray, codec: str = "raw") -> Payload:
     return Payload(data, chosen, parameter, array.dtype, array.shape)
 
 
+def spoiled(rng: random.Random, data: np.ndarray, *, fixed: bool) -> np.ndarray:
+    """The bytes of a payload, some of them changed, and fewer of them unless the size is fixed."""
+    data, way = data.copy(), rng.randrange(4)
+    if way == 0:
+        data[:] = np.frombuffer(rng.randbytes(data.size), np.uint8)
+    elif way == 1 and not fixed:
+        data = data[: rng.randrange(data.size + 1)].copy()
+    elif way == 2:
+        data[rng.randrange(min(8, data.size))] = rng.choice((0, 1, 2, 3, 4, 6, 7, 128, 255))
+    else:
+        for _ in range(rng.randrange(1, 4)):
+            data[rng.randrange(data.size)] ^= np.uint8(1 << rng.randrange(8))
+    return data
+
+
 def any_array(rng: random.Random) -> np.ndarray:
     """An array of some shape and element type."""
     shape = tuple(rng.choice((0, 1, 2, 3, 7, 12)) for _ in range(rng.randrange(4)))

@@ -14,7 +14,7 @@ from pipar_jax.roles.acceptance import Acceptance
 from pipar_jax.roles.course import Course
 from pipar_jax.runtime.step_lengths import StepLengths
 from pipar_jax.schedule.actions import Span
-from pipar_jax.schedule.plan import COORDINATOR
+from pipar_jax.schedule.plan import COORDINATOR, Boundary
 from tests.pipar_jax.roles import fakes
 from tests.pipar_jax.roles.test_fuzz import BATCH, SAMPLES, STEPS, config, network, plan
 
@@ -119,6 +119,9 @@ BAD = {
         dataclasses.replace(release(), cohort=(0, 0)),
     ),
     "a cohort of strangers": (dataclasses.replace(release(), cohort=(0, 7)),),
+    "a meeting anew for a link that it does not name": (
+        messages.Meet(1, (), {}, (Boundary("d0", "d1", 0),)),
+    ),
 }  # fmt: skip
 
 

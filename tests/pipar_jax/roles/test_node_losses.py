@@ -299,10 +299,10 @@ def test_a_node_that_is_lost_while_neighbours_meet_is_left_out(
     made, samples = setting(tmp_path, "mpsl")
     connect = PeerLinks.connect
 
-    def fail(self, number, boundaries, addresses):
+    def fail(self, number, boundaries, addresses, anew=()):
         if self.link_table.host == f"n{node}":
             raise RunError("it fails before it meets anybody")
-        connect(self, number, boundaries, addresses)
+        connect(self, number, boundaries, addresses, anew)
 
     monkeypatch.setattr(PeerLinks, "connect", fail)
     run = conducted(made, samples, network)

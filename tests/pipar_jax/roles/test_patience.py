@@ -113,7 +113,7 @@ def hasty(monkeypatch, request):
     """A run whose deadline is short: 0.3 s, or as told."""
     made = resolve(config("pipar"))
     made.network.progress_s = getattr(request, "param", 0.3)
-    monkeypatch.setattr("tests.pipar_jax.roles.test_fuzz.config", lambda method: made)
+    monkeypatch.setattr("tests.pipar_jax.roles.test_fuzz.config", lambda *named: made)
     monkeypatch.setattr(memberships, "LOOK_S", 0.02)
 
 
