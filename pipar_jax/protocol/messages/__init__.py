@@ -68,7 +68,7 @@ from pipar_jax.protocol.messages.survey import (
 )
 
 #: Version of all these messages.
-VERSION = 4
+VERSION = 5
 
 __all__ = [
     "VERSION",
