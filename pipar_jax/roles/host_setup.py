@@ -282,7 +282,7 @@ class HostSetup:
         for name in workers:
             self._members.send(name, messages.Meet(self._meetings, tuple(boundaries), addresses))
         waiting, there = set(workers), self._members.by_name
-        self._members.patience.begin()
+        wait = self._members.waiting("met")
         while there.keys() >= neighbours - {COORDINATOR}:
             for name, mail in self._members.early.take(messages.Met, waiting).items():
                 if mail.said.number == self._meetings:  # not that of a meeting that was given up
@@ -293,7 +293,7 @@ class HostSetup:
                 for boundary in boundaries:
                     self._members.broken_links.forget(*boundary[:2])
                 return True
-            self._members.wait(sorted(waiting.intersection(there)), "met")
+            wait.look(sorted(waiting.intersection(there)))
         return False
 
     def calibrate(self, names: Sequence[str]) -> None:
