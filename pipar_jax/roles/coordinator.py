@@ -125,7 +125,8 @@ class Coordinator:
         self._private.begin(None if kept is None else kept.facts.get("private"), present)
         self._gathering.check_rounds(self._table.rounds)
         if plan.sums_gradients:  # raises PlanError: such devices step together
-            rounds(plan, [one.steps for one in self._population], 1)
+            known = [one.steps for one in self._population]
+            rounds(plan, [*known, *known[:1] * (places - len(known))], 1)  # some come later
         self._adaptation = make_adaptation(
             config, model, host, members, script, plan, self._table.rounds, surveyed
         )

@@ -39,7 +39,7 @@ def right(run, *lost):
     assert set(run.errors) <= set(lost), run.errors
 
 
-@pytest.mark.parametrize("weights", ["copy", pytest.param("shared", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("weights", [pytest.param("copy", marks=pytest.mark.soak), "shared"])
 def test_who_vanishes_while_it_meets_its_neighbours_is_not_in_the_round(
     tmp_path, monkeypatch, weights
 ):
