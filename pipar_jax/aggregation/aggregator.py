@@ -176,7 +176,8 @@ def _average(leaves: Sequence[jax.Array], shares: Array) -> jax.Array:
     total = _begin(shares[first], leaves[first])
     for i in others:
         total = _fold(total, shares[i], leaves[i])
-    return total.astype(leaves[0].dtype)
+    mean: jax.Array = total.astype(leaves[0].dtype)
+    return mean
 
 
 def _unmixed(mean: jax.Array, *replicas: Array | jax.Array) -> jax.Array:
@@ -274,8 +275,9 @@ class Aggregator:
             return *rule.step(old, rule_state, _by_vectors(average, *given)), state
 
         def step(own: jax.Array, *leaves: jax.Array) -> jax.Array:
-            new, _ = rule.step({"": own}, rule_state, {"": average(*leaves)})
-            return new[""]
+            found, _ = rule.step({"": own}, rule_state, {"": average(*leaves)})
+            new: jax.Array = found[""]
+            return new
 
         return _by_vectors(step, old, *given), rule_state, state
 

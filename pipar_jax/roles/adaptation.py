@@ -170,6 +170,7 @@ class Adaptation:
             if mail.said.look == self._look:
                 if (reason := odd_seen(mail.said, self._choice.plan, mail.source)) is not None:
                     self._members.blame(mail.source, f"'seen' with {reason}")
+                    return
                 self._answers[mail.source] = mail.said
                 self._lock.notify_all()
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from pipar_jax.config import CohortConfig, Hosts
 from pipar_jax.errors import JoinError
-from pipar_jax.roles.membership import LOOK_S, Membership
+from pipar_jax.roles.membership import Membership
+from pipar_jax.roles.waits import LOOK_S
 from pipar_jax.schedule.plan import is_device
 
 #: Number of missing hosts that an error names.

@@ -189,8 +189,9 @@ class ChainRepair:
 
         Other hosts may be lost meanwhile: the chain need not be whole then.
         """
+        wait = self._members.waiting("prepared")
         while busy := {*self._gathering.busy(), *self._pool.preparing}.difference(self._setup.held):
-            self._members.wait(sorted(busy), "prepared")
+            wait.look(sorted(busy))
             self._take_nodes(index)
         if not self._pool.missing(self._setup.plan):
             return None
@@ -219,9 +220,9 @@ class ChainRepair:
 
     def _await_node(self, until_s: float) -> bool:
         """Waits for a compute node to come, if the run is to wait; returns whether one has."""
-        waits = self._config.cohort.below != "end"
+        waits, wait = self._config.cohort.below != "end", self._members.waiting("joined")
         while waits and not self._pool.preparing and time.monotonic() < until_s:
-            self._members.wait((), "joined")
+            wait.look(())
         return bool(self._pool.preparing)
 
     def _take_nodes(self, index: int) -> None:

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from pipar_jax.config import Config
 from pipar_jax.config.membership_script import Attempt, Out
 from pipar_jax.errors import PeerError, ProtocolError, RunError
 from pipar_jax.protocol import messages
 from pipar_jax.roles.gathering import Cohort
+from pipar_jax.roles.going_back import GoingBack
 from pipar_jax.roles.mail import Roll
 from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.population import Presence
@@ -39,7 +39,8 @@ from pipar_jax.roles.round_attempt import (
 )
 from pipar_jax.roles.round_end import RoundEnd, Verdict
 from pipar_jax.roles.state_exchange import StateExchange
-from pipar_jax.runtime import exchanges
+from pipar_jax.roles.waits import suspects
+from pipar_jax.runtime import exchanges, finite
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.unit_state import Wanted
 from pipar_jax.schedule.actions import Span
@@ -86,6 +87,7 @@ class Conductor:
         self.nodes: tuple[str, ...] = ()
         self.clip = 0.0
         self.relay = Relay(names, members, states)
+        self._back = GoingBack(host, members)
         self._attempt = 0
         self._round: RoundAttempt | None = None
         members.reports.broken = self._note_broken
@@ -189,21 +191,20 @@ class Conductor:
     def _release(self, now: RoundAttempt, spans: tuple[Span, ...]) -> None:
         """Starts a round on its hosts, or the rest of it after a failed step."""
         self._attempt += 1
-        self._members.reports.open(now.index)
+        now.steps = range(min(span.first for span in spans), max(span.stop for span in spans))
+        self._members.reports.open(self.plan, now.index, spans)
         self._members.links.open(spans, self._attempt, now.samples)
         in_turns = self.plan.order == Order.SEQUENTIAL
         holder = self.relay.holder(now) if in_turns else None
         release = messages.Release(
             now.index, self._attempt, spans, now.cohort, now.samples, holder, now.demand, self.clip
         )
-        now.releasing = True
         self._host.release(release)
         for name in self._members.roll(self._present(now, now.places)[1:]):
             if name in now.gone:
                 continue
             owed = self.relay.owed(now, name, spans) if in_turns else []
             self._members.send(name, release, *owed, reply(messages.Trained, round=now.index))
-        now.releasing = False
         gone, now.gone = now.gone, []
         for name in dict.fromkeys(gone):
             self.note_lost(name)
@@ -218,30 +219,34 @@ class Conductor:
 
     def _await_trained(self, now: RoundAttempt, planned: Attempt | None) -> bool:
         """Waits until the round is over; returns whether it counts."""
-        self._members.patience.begin()
+
+        def stall(late: Sequence[str], error: PeerError) -> None:
+            now.stalled = late, error
+
+        wait = self._members.waiting("trained", computing=True, expired=stall)
         while True:
             if now.lost_nodes:
                 return self._give_up(now)
-            if now.failed:
+            if now.failed or now.stalled:
                 self._go_back(now)
             self._take_trained(now)
-            missing = self._missing(now)
             now.end.done = {place for place in now.places if now.device(place) in now.trained}
             now.end.lost = set(now.out)
-            verdict = now.end.verdict(time.monotonic()) if planned is None else self._when_all(now)
-            if verdict is Verdict.BELOW:
-                return self._below(now)
+            waits = planned is not None or (now.short and now.places)
+            verdict = self._when_all(now) if waits else now.end.verdict(time.monotonic())
+            if verdict is Verdict.BELOW and not self._below(now):
+                return False
             if verdict is Verdict.COMMIT:
                 for place in now.places:
                     if place not in now.end.done:
                         self._drop(now, place, "late")
-                if not (missing := self._missing(now)) and not (now.failed or now.lost_nodes):
+                if not (self._missing(now) or now.failed or now.lost_nodes):
                     return True
             if not (now.failed or now.lost_nodes):
-                self._members.wait(missing, "trained")
+                wait.look(self._missing(now))
 
     def _when_all(self, now: RoundAttempt) -> Verdict:
-        """Returns what a script does with a round: it waits for all."""
+        """Returns what becomes of a round that waits for all, as one of a script does."""
         return Verdict.COMMIT if now.end.done == set(now.places) else Verdict.WAIT
 
     def _missing(self, now: RoundAttempt) -> list[str]:
@@ -261,7 +266,7 @@ class Conductor:
                     raise
 
     def _below(self, now: RoundAttempt) -> bool:
-        """Ends the run, or the attempt, since too few are left; returns whether the rest counts."""
+        """Ends the run or the attempt, since too few are left; returns whether it goes on."""
         short = (
             f"round {now.index + 1} has {len(now.end.done)} finished of {len(now.end.remaining)} "
             f"devices that are left of {len(now.end.cohort)}, and needs {now.end.needed}"
@@ -271,9 +276,8 @@ class Conductor:
                 f"{short}: lower cohort.quorum, raise cohort.deadline_s, or set cohort.below=repeat"
             )
         if not self._copies and now.places:
-            # Earlier steps and turns stay: those that are left finish the round.
-            self._wait_for_rest(now)
-            return bool(now.places)
+            now.short = True  # earlier steps and turns stay: those that are left finish the round
+            return True
         if not self._copies:
             raise RunError(f"{short}: nobody is left who could go on with it")
         self._undo(now, short)
@@ -311,8 +315,9 @@ class Conductor:
 
     def _wait_for_rest(self, now: RoundAttempt) -> None:
         """Waits for all that are left."""
+        wait = self._members.waiting("trained", computing=True)
         while missing := self._missing(now):
-            self._members.wait(missing, "trained")
+            wait.look(missing)
             self._take_trained(now)
 
     # --- who is out ---------------------------------------------------------------------------
@@ -326,17 +331,29 @@ class Conductor:
                 # It may come back before the round is over, and is not part of it then.
                 now.nodes = tuple(one for one in now.nodes if one != name)
                 now.lost_nodes += [name] if name in self._chain else []
-        elif now is not None and now.releasing:
-            now.gone.append(name)  # others cannot go on without it before they have begun
         elif now is not None and (place := now.place(name)) is not None:
             left = self._members.population[now.cohort[place]].presence is Presence.LEFT
             self._drop(now, place, "left" if left else "lost", gone=True)
 
     def _note_broken(self, said: messages.NonFinite) -> None:
-        """Goes on without a device of which a loss or weights are not finite."""
+        """Goes on without a device of which a loss or weights are not finite.
+
+        Raises:
+          RunError: They are no single device's.
+        """
         now, place = self._round, said.device
-        if now is not None and said.round == now.index and place in now.places:
-            assert place is not None
+        if now is not None and said.round != now.index:
+            now = None  # of a round that is over
+        back = None if now is None else now.broken
+        if back is not None and (said.what != "loss" or said.step > back):
+            return  # it follows from what all go back for
+        if place is None:
+            raise RunError(finite.line(said))
+        if now is None:
+            return
+        if self.plan.sums_gradients and said.what == "loss":
+            now.broken = said.step  # also if it is lost by now: the step has to be taken back
+        if place in now.places:
             self._drop(now, place, "nonfinite")
 
     def _drop(self, now: RoundAttempt, place: int, why: str, *, gone: bool = False) -> None:
@@ -382,11 +399,22 @@ class Conductor:
 
     def _go_back(self, now: RoundAttempt) -> None:
         """Restarts the others at the step in which a device has failed (summed gradients)."""
+        stalled, now.stalled = now.stalled, None
+        if stalled is not None and not self.plan.sums_gradients:
+            for name in suspects(stalled[0]):
+                self._members.lose(name, stalled[1])
+            return
         if not now.places:
             now.failed = []
             return
         step = self._rewind(now)
-        if not now.failed:
+        if stalled is not None and not now.failed:
+            # All have stopped when they were told, and none hangs. If that does not help, whoever
+            # has given nothing goes.
+            again, now.checked = now.checked == step, step
+            for name in suspects(stalled[0]) if again else ():
+                self._members.lose(name, stalled[1])
+        if not (now.failed or now.lost_nodes):
             self._release(
                 now,
                 # With nothing left to do the spans are empty: hosts have trained at once.
@@ -395,32 +423,8 @@ class Conductor:
             )  # fmt: skip
 
     def _rewind(self, now: RoundAttempt) -> int:
-        """Lets all go back to the last step that they all have completed; returns the next one."""
-        lost, now.failed = tuple(now.failed), []
-        hosts = self._present(now, now.places)
-        self._members.links.drop_places(*lost)
-        self._ask(hosts, messages.Halt(now.index, lost), lambda: self._host.halt(lost))
-        halted = self._members.collect(messages.Halted, hosts)
-        step = min(mail.said.step for mail in halted.values())
-        hosts = self._present(now, now.places)
-        self._ask(hosts, messages.Rewind(now.index, step), lambda: self._host.rewind(step))
-        self._members.collect(messages.Rewound, hosts)
-        now.trained.clear()
-        for name in hosts:
-            self._members.settle(name, messages.Trained)
-        for place in lost:
-            now.out[place] = dataclasses.replace(now.out[place], step=step)
-        now.spans = tuple(
-            span._replace(stop=min(span.stop, step)) if span.device in now.out else span
-            for span in now.spans
-        )
-        return step
-
-    def _ask(self, hosts: Sequence[str], command: Any, here: Callable[[], None]) -> None:
-        """Gives a command to some hosts, that of this process among them."""
-        here()
-        for name in self._members.roll(hosts):
-            self._members.send(name, command)
+        """Lets all that are left go back to one step, and returns it."""
+        return self._back.rewind(now, lambda: self._present(now, now.places))
 
     # --- the commit ---------------------------------------------------------------------------
 

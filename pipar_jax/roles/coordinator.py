@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from pipar_jax.roles.first_plan import first_plan, make_adaptation
 from pipar_jax.roles.gathering import Cohort, Gathering
 from pipar_jax.roles.holdings import Holdings
 from pipar_jax.roles.host_setup import HostSetup, samples_by_place
+from pipar_jax.roles.mail import Member
 from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.node_pool import NodePool
 from pipar_jax.roles.past import Past, timetable
@@ -53,6 +55,9 @@ from pipar_jax.training.compile import TOLD_S, now_and_then
 from stages import Model
 from stages.personal import personal, shared
 from stages.trees import Variables
+
+#: How often the end of a host is waited for that is lost and back while the others end.
+GOODBYES = 3
 
 
 class Start(NamedTuple):
@@ -121,7 +126,8 @@ class Coordinator:
         self._private.begin(facts.get("private"), present)
         self._gathering.check_rounds(self._table.rounds)
         if plan.sums_gradients:  # raises PlanError: such devices step together
-            rounds(plan, [one.steps for one in self._population], 1)
+            known = [one.steps for one in self._population]
+            rounds(plan, [*known, *known[:1] * (places - len(known))], 1)  # some come later
         self._adaptation = make_adaptation(
             config, model, host, members, script, plan, self._table.rounds, surveyed
         )
@@ -210,12 +216,21 @@ class Coordinator:
     def _say_goodbye(self) -> None:
         """Lets every host end, those among them that join meanwhile."""
         self._members.broken_links.finish()
-        told: set[str] = set()
-        while names := [name for name in self._members.by_name if name not in told]:
-            told.update(names)
-            for name in names:
+        told: dict[str, Member] = {}
+        times = Counter[str]()
+        while new := {
+            name: member
+            for name, member in self._members.by_name.items()
+            if told.get(name) is not member  # another one, too, if it was lost and is back
+        }:
+            told |= new
+            times.update(new.keys())
+            for name in new:
                 self._members.send(name, messages.Finish())
-            working = [name for name in self._setup.workers if name in names]
+            # Whoever comes back again and again does not keep the others.
+            working = [
+                name for name in self._setup.workers if name in new and times[name] <= GOODBYES
+            ]
             self._results.add_traces(self._members.collect(messages.Bye, working))
 
     def _end_before(self, index: int) -> None:
@@ -347,15 +362,24 @@ class Coordinator:
         return done.whole
 
     def _gather(self, index: int, attempt: int) -> Cohort:
-        """Waits for the devices of a round; those that have just come are ready for it then."""
-        cohort = self._gathering.gather(index, attempt)
-        arrived = self._gathering.take_arrived()
-        self._setup.introduce(self.plan)  # those as well that were late when their neighbour came
-        if arrived:
-            self._checkpoints.restore_personal(arrived, index, self._members)
-            self._setup.calibrate(arrived)
-            self._setup.begin_schedules(arrived)
-        return cohort
+        """Waits for the devices of a round, and chooses among those that have met all neighbours.
+
+        Whoever is lost while neighbours meet is not in the round: a node that has never met it
+        could not even begin. No mail is read between the choice and the seats.
+        """
+        self._gathering.settle()
+        while True:
+            self._gathering.await_enough(index)
+            ready = self._population.ready()
+            self._setup.introduce(self.plan)  # those as well that were late when it was last done
+            if arrived := self._gathering.take_arrived():
+                self._checkpoints.restore_personal(arrived, index, self._members)
+                self._setup.calibrate(arrived)
+                self._setup.begin_schedules(arrived)
+            if self._population.ready() == ready:
+                cohort = self._gathering.choose(index, attempt)
+                if cohort is not None:
+                    return cohort
 
     def _note_lost(self, name: str) -> None:
         """Goes on without a host whose link is gone: its neighbours have to meet it anew."""

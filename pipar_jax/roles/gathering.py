@@ -91,8 +91,28 @@ class Gathering:
         """The script's next attempt, if a script is replayed."""
         return self._script[0] if self._script else None
 
-    def gather(self, index: int, attempt: int) -> Cohort:
-        """Returns the next round's cohort, once enough devices are ready.
+    def await_enough(self, index: int) -> None:
+        """Waits until enough devices are ready for a round, or those that a script names.
+
+        Args:
+          index: The round's number.
+
+        Raises:
+          PeerError: Too few devices are present, and the waiting time has elapsed; or a script has
+            no further attempt.
+        """
+        if self.upcoming is not None:
+            self._await_scripted(self.upcoming)
+        elif self.replays:
+            raise PeerError(
+                f"cohort.script={self._config.cohort.script!r} has no further attempt at round "
+                f"{index + 1}, which was undone: a device was lost that the script has in it"
+            )
+        else:
+            self._await_number(index)
+
+    def choose(self, index: int, attempt: int) -> Cohort | None:
+        """Returns the next round's cohort; None if too few are ready any more.
 
         Args:
           index: The round's number.
@@ -100,12 +120,18 @@ class Gathering:
 
         Raises:
           ConfigError: The user's selection function failed.
-          PeerError: Too few devices are present, and the waiting time has elapsed.
         """
-        if self._script is not None:
-            cohort = self._scripted(self._script.popleft())
-        else:
+        planned = self.upcoming
+        if planned is None:
+            if len(self._members.population.ready()) < self.needed:
+                return None
             cohort = self._choose(index, attempt)
+        else:
+            if self._missing(planned):
+                return None
+            assert self._script is not None
+            self._script.popleft()
+            cohort = Cohort(planned.cohort, _taking(planned), planned)
         again = self._stopped.intersection(cohort.devices[place] for place in cohort.taking)
         for device in sorted(again):
             self._members.tell({"event": "device_again", "device": device, "round": index})
@@ -113,8 +139,7 @@ class Gathering:
         return cohort
 
     def _choose(self, index: int, attempt: int) -> Cohort:
-        """Waits for enough devices and returns those that are chosen among them."""
-        self._wait_for(index)
+        """Returns the devices that are chosen among those that are ready."""
         ready = self._members.population.ready()
         chosen = self._chooser.choose(index, attempt, ready)
         if not self._sampled:
@@ -148,9 +173,9 @@ class Gathering:
             least = min(cohort.min_devices or self._config.devices.count, self._places)
         return least or 1
 
-    def _wait_for(self, index: int) -> None:
+    def _await_number(self, index: int) -> None:
         """Waits for enough devices."""
-        self.settle()
+        wait = self._members.waiting("prepared")
         limit_s, told = time.monotonic() + self._config.cohort.wait_s, False
         while len(ready := self._members.population.ready()) < self.needed:
             coming = bool(self._preparing) or self._config.cohort.below != "end"
@@ -167,23 +192,26 @@ class Gathering:
                 away = [device_name(one.index) for one in self._members.population
                         if one.index not in here]  # fmt: skip
                 self._members.tell({"event": "waiting", "missing": away[:20]})
-            self._members.wait(tuple(self._preparing), "prepared")
+            wait.look(tuple(self._preparing))
             self.settle()
 
-    def _scripted(self, planned: Attempt) -> Cohort:
+    def _await_scripted(self, planned: Attempt) -> None:
         """Waits for the devices that a script names."""
-        taking = tuple(dict.fromkeys(place for place, _, _ in planned.spans))
-        names = [device_name(planned.cohort[place]) for place in taking]
+        wait = self._members.waiting("prepared")
         limit_s = time.monotonic() + self._config.network.join_timeout_s
-        while missing := [n for n in names if not self._members.population.is_ready(n)]:
+        while missing := self._missing(planned):
             if time.monotonic() >= limit_s and not self._preparing:
                 raise PeerError(
                     f"{', '.join(missing[:20])} are absent, but cohort.script has them in round "
                     f"{planned.round + 1}: start them, or raise network.join_timeout_s"
                 )
-            self._members.wait(tuple(self._preparing), "prepared")
+            wait.look(tuple(self._preparing))
             self.settle()
-        return Cohort(planned.cohort, taking, planned)
+
+    def _missing(self, planned: Attempt) -> list[str]:
+        """Returns the devices of an attempt that are not ready."""
+        names = (device_name(planned.cohort[place]) for place in _taking(planned))
+        return [name for name in names if not self._members.population.is_ready(name)]
 
     def _note_stopped(self, mail: Mail[Any]) -> None:
         """Makes a device that was dropped from a round eligible for the next."""
@@ -191,3 +219,8 @@ class Gathering:
         one = self._members.population[host_index(mail.source)]
         one.ready, one.current = True, False
         self._stopped.add(one.index)
+
+
+def _taking(planned: Attempt) -> tuple[int, ...]:
+    """Returns the places that take part in an attempt."""
+    return tuple(dict.fromkeys(place for place, _, _ in planned.spans))

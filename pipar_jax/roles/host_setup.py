@@ -288,7 +288,7 @@ class HostSetup:
         for name in workers:
             self._members.send(name, meet)
         waiting, there = set(workers), self._members.by_name
-        self._members.patience.begin()
+        wait = self._members.waiting("met")
         while there.keys() >= neighbours - {COORDINATOR}:
             for name, mail in self._members.early.take(messages.Met, waiting).items():
                 if mail.said.number == self._meetings:  # not that of a meeting that was given up
@@ -298,7 +298,7 @@ class HostSetup:
             waiting = {name for name in waiting if self._members.owes(name, messages.Met)}
             if not waiting.intersection(there):
                 return True
-            self._members.wait(sorted(waiting.intersection(there)), "met")
+            wait.look(sorted(waiting.intersection(there)))
         return False
 
     def calibrate(self, names: Sequence[str]) -> None:

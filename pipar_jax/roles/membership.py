@@ -16,6 +16,7 @@ from pipar_jax.errors import PeerError, ProtocolError, RunError
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.registry import ControlMessage, Sender, Tensors, kind_of
+from pipar_jax.roles import waits
 from pipar_jax.roles.broken_links import BrokenLinks
 from pipar_jax.roles.joining import Joining
 from pipar_jax.roles.mail import EarlyMail, Incoming, M, Mail, Member, Roll, try_send
@@ -26,13 +27,9 @@ from pipar_jax.roles.pulses import Pulses
 from pipar_jax.roles.replies import TAKES_LONG, Reply, answers
 from pipar_jax.roles.silence import Silence, silent_s
 from pipar_jax.roles.step_reports import StepReports
+from pipar_jax.roles.waits import Expired, FailedSends, Wait
 from pipar_jax.schedule.plan import COORDINATOR, is_node, long_name
 from stages import Model
-
-#: Seconds between two checks of the clock and of the stop request while waiting.
-LOOK_S = 0.1
-#: Seconds within which the mail about a link is read after a send has found it ended.
-LAST_WORDS_S = 1.0
 
 
 class Membership:
@@ -94,6 +91,7 @@ class Membership:
         self.patience = Patience(config.network)
         self._pulses = Pulses(config.network, self.patience)
         self.broken_links = BrokenLinks(config.network.deadline_s / 2)
+        self._failed_sends = FailedSends()
         self._silent_s = silent_s(config.cohort, config.network)
         self.lost_hosts: list[str] = []
         self.listeners: dict[type, Callable[[Mail[Any]], None]] = {}
@@ -126,14 +124,14 @@ class Membership:
             run cannot go on without it.
         """
         found: dict[str, Mail[M]] = {}
-        self.patience.begin()
+        wait = self.waiting(kind_of(kind).name)
         silence = Silence(0.0 if kind in TAKES_LONG else self._silent_s)
         while True:
             found |= self.early.take(kind, [name for name in sources if name not in found])
             missing = [name for name in sources if name not in found and self.owes(name, kind)]
             if not missing:
                 return {name: found[name] for name in sources if name in found}
-            self.wait(missing, kind_of(kind).name)
+            wait.look(missing)
             for name, error in silence.over(self.by_name, missing, time.monotonic()):
                 self.lose(name, error)
 
@@ -152,40 +150,30 @@ class Membership:
             self.by_name[name].owed.settle(kinds)
         self.early.discard(name, kinds)
 
-    def wait(self, missing: Sequence[str], what: str) -> None:
-        """Waits briefly for mail, and checks that hosts make progress.
+    def waiting(
+        self, what: str, *, computing: bool = False, expired: Expired | None = None
+    ) -> Wait:
+        """Begins a wait, which handles mail and checks that hosts make progress.
 
         Args:
-          missing: The hosts that are waited for.
-          what: The kind of message that is expected of them.
-
-        Raises:
-          PeerError: See ``collect``.
+          what: The kind of message that is expected.
+          computing: Whether the hosts compute meanwhile: actions that are over are progress then.
+          expired: What is done with hosts that are late; None: they are lost.
         """
-        self.poll(LOOK_S)
-        try:
-            self.patience.check(self._there(missing), what)
-        except PeerError as error:
-            late = [name for name in self._there(missing) if self.hosts.may_be_lost(name)]
-            if not late:
-                raise
-            for name in late:
-                self.lose(name, error)
-
-    def _there(self, names: Sequence[str]) -> list[str]:
-        """Returns the hosts that are not lost."""
-        return [name for name in names if name == COORDINATOR or name in self.by_name]
+        return Wait(
+            self.patience, self.by_name, poll=self.poll, may_be_lost=self.hosts.may_be_lost,
+            lose=self.lose, what=what, computing=computing, expired=expired,
+        )  # fmt: skip
 
     def send(self, name: str, command: ControlMessage, *replies: Reply) -> None:
         """Sends a command to a member; does nothing if the run has lost it.
+
+        If its link has ended, its loss is reported when mail is read next, and not here.
 
         Args:
           name: The member's name.
           command: A message of ``protocol``.
           replies: Its replies, where they depend on the plan.
-
-        Raises:
-          PeerError: The member is lost, and the run cannot go on without it.
         """
         if (member := self.by_name.get(name)) is None:
             return  # its loss has been reported
@@ -193,7 +181,7 @@ class Membership:
         try:
             registry.send(member.link, command)
         except ChannelError as error:
-            self._note_gone(name, error)
+            self._failed_sends.add(name, member, error)
 
     def send_bundle(
         self,
@@ -202,25 +190,17 @@ class Membership:
         tensors: Tensors,
         *replies: Reply,
     ) -> None:
-        """Sends a command with named tensors to a member; does nothing if the run has lost it.
-
-        Raises:
-          PeerError: The member is lost, and the run cannot go on without it.
-        """
+        """Sends a command with named tensors to a member; see ``send``."""
         if (member := self.by_name.get(name)) is None:
             return
         member.owed.add(replies or answers(command))
         try:
             registry.send_bundle(member.link, command, tensors)
         except ChannelError as error:
-            self._note_gone(name, error)
+            self._failed_sends.add(name, member, error)
 
     def broadcast(self, command: ControlMessage) -> None:
-        """Sends a command to every member.
-
-        Raises:
-          PeerError: A member is lost, and the run cannot go on without it.
-        """
+        """Sends a command to every member; see ``send``."""
         for name in list(self.by_name):
             self.send(name, command)
 
@@ -274,6 +254,7 @@ class Membership:
         self.early.discard(name)
         self._pulses.forget(name)
         self.broken_links.forget(name)
+        self._failed_sends.forget(name)
         index = member.identity.index
         presence = Presence.LEFT if left else Presence.LOST
         kind = "node" if is_node(name) else "device"
@@ -305,13 +286,15 @@ class Membership:
             self._joining.refuse_late()
         for broken, error in self.broken_links.due(self.by_name):
             self.lose(broken, error)
+        for gone, error in self._failed_sends.due():
+            self.lose(gone, error)
         try:
             what, link, item = self.links.mail.get(timeout=timeout_s)
         except queue.Empty:
             return
         if what is Incoming.FAILED:
             if isinstance(item, ChannelError):
-                self._wait_for_last_words()
+                self._read_last_words()
                 raise PeerError(f"a device was lost: {item}") from item
             raise item
         if what is Incoming.REPLY:
@@ -334,6 +317,7 @@ class Membership:
         if member is not None:
             name = member.identity.name
             self.by_name[name] = member  # first: from now on the I/O thread asks what it owes
+            self.patience.progress(name)
             self._joining.introduce(member)
             self.joined(name)
 
@@ -352,26 +336,15 @@ class Membership:
             return
         self._sort(Mail(name, said, {}, message.received_s, message))
 
-    def _note_gone(self, name: str, error: ChannelError) -> None:
-        """Loses a member after a failed send, with its own reason if it sent a last message.
-
-        A send can notice the end of a link before the mail about it was read.
-        """
-        self._wait_for_last_words(name)
-        if name in self.by_name:
-            gone = PeerError(f"{long_name(name)} was lost: {error}")
-            gone.__cause__ = error
-            self.lose(name, gone)
-
-    def _wait_for_last_words(self, name: str | None = None) -> None:
-        """Reads mail briefly, until the loss of a member has been reported.
+    def _read_last_words(self) -> None:
+        """Reads mail briefly, in case it says more of an end than the send that has noticed it.
 
         Raises:
-          PeerError: The run cannot go on without the member whose loss the mail reports.
+          PeerError: A host was lost, and the run cannot go on without it.
         """
-        deadline = time.monotonic() + LAST_WORDS_S
-        while (left := deadline - time.monotonic()) > 0 and (name is None or name in self.by_name):
-            self.poll(min(left, LOOK_S))
+        deadline = time.monotonic() + waits.LAST_WORDS_S
+        while (left := deadline - time.monotonic()) > 0:
+            self.poll(min(left, waits.LOOK_S))
 
     def _sort(self, mail: Mail[ControlMessage]) -> None:
         said = mail.said

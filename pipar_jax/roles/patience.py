@@ -62,9 +62,10 @@ class Moving:
 class Patience:
     """Ends a wait in which no host makes progress.
 
-    Progress is an answer, a pulse (a host's periodic report of how many actions are over), and
-    a transfer under way. The clock is one for all hosts, since most of them wait for each other; it
-    stops while a host that is waited for reports that it compiles or times itself.
+    Progress is an answer, a transfer under way and, where hosts compute, a pulse: a host's periodic
+    report of how many actions are over. The clock is one for all hosts, since most of them wait for
+    each other; it stops while nobody is waited for, and while a host that is waited for reports
+    that it compiles or times itself.
 
     Args:
       network: Its ``progress_s`` is the limit, unless it is 0.
@@ -75,17 +76,43 @@ class Patience:
         self._network, self._clock = network, clock
         self._longest_s = 0.0
         self._last_s: dict[str, float] = {}
-        self._began_s = self._shown_s = clock()
+        self._began_s = self._shown_s = self._paused_s = clock()
         self._working: dict[str, str] = {}
         self._actions: dict[str, int] = {}
+        self._computing, self._waiter = True, object()
 
     def action(self, seconds: float) -> None:
         """Records the duration of an action."""
         self._longest_s = max(self._longest_s, seconds)
 
-    def begin(self) -> None:
-        """Begins a wait."""
-        self._began_s = self._shown_s = self._clock()
+    def begin(self, *, computing: bool = True, waiter: object = None) -> None:
+        """Begins a wait.
+
+        Args:
+          computing: Whether hosts compute meanwhile. Otherwise no action is over because of what is
+            waited for, and whoever reports that some are might withhold its answer for ever.
+          waiter: Who waits.
+        """
+        self._computing, self._waiter = computing, waiter
+        self._began_s = self._shown_s = self._paused_s = self._clock()
+
+    def pause(self) -> None:
+        """Notes that whoever waits does something else for a while."""
+        self._paused_s = self._clock()
+
+    def resume(self, *, computing: bool, waiter: object) -> None:
+        """Goes on with a wait: what was done since the pause is no host's delay.
+
+        Args:
+          computing: See ``begin``.
+          waiter: Who waits; if another one has waited meanwhile, the wait begins anew.
+        """
+        if waiter is not self._waiter:
+            self.begin(computing=computing, waiter=waiter)
+            return
+        now = self._clock()
+        self._shown_s = min(now, self._shown_s + now - self._paused_s)
+        self._paused_s = now
 
     def progress(self, host: str) -> None:
         """Records progress of a host."""
@@ -100,7 +127,8 @@ class Patience:
         """Records how many actions are over on a host: progress if the number has grown."""
         if actions > self._actions.get(host, -1):
             self._actions[host] = actions
-            self.progress(host)
+            if self._computing:
+                self.progress(host)
 
     def working(self, host: str, what: str) -> None:
         """Records that a host compiles or times itself until its next answer."""
@@ -124,11 +152,11 @@ class Patience:
         """
         now = self._clock()
         late = list(missing)
-        if any(name in self._working for name in late):
+        if not late or any(name in self._working for name in late):
             self._shown_s = now
             return
         limit = limit_s(self._network, self._longest_s)
-        if now - self._shown_s <= limit or not late:
+        if now - self._shown_s <= limit:
             return
         late.sort(key=lambda name: self._last_s.get(name, 0.0))
         since = (

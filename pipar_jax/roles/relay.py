@@ -71,7 +71,7 @@ class Relay:
     ) -> None:
         """Waits until a device gives the client-side model back, or is out."""
         giver = now.device(turn.device)
-        self._members.patience.begin()
+        wait = self._members.waiting("part", computing=True)
         while turn.device not in now.out:
             found = self._members.early.take(messages.ClientModel, (giver,))
             if giver in found:
@@ -89,7 +89,7 @@ class Relay:
             if ends_s is not None and time.monotonic() >= ends_s:
                 drop(turn.device, "late")
                 break
-            self._members.wait((giver,), "part")
+            wait.look((giver,))
 
 
 def undone_from(now: RoundAttempt, place: int) -> int:

@@ -45,8 +45,6 @@ _ANSWERS: dict[type, tuple[type, ...]] = {
     messages.Calibrate: (messages.Calibrated,),
     messages.PullState: (messages.PulledState,),
     messages.PushState: (messages.PushedState,),
-    messages.Halt: (messages.Halted,),
-    messages.Rewind: (messages.Rewound,),
     messages.Finish: (messages.Bye,),
 }
 
@@ -67,6 +65,10 @@ def answers(command: ControlMessage) -> list[Reply]:
         return [reply(messages.Met, number=command.number)]
     if isinstance(command, messages.CompileAhead):
         return [reply(messages.Compiled, number=command.number)]
+    if isinstance(command, messages.Halt):
+        return [reply(messages.Halted, round=command.round)]
+    if isinstance(command, messages.Rewind):
+        return [reply(messages.Rewound, round=command.round, step=command.step)]
     return [Reply(kind) for kind in _ANSWERS.get(type(command), ())]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from pipar_jax.config.membership_script import Attempt, NodeLosses, Out
 from pipar_jax.disk.json_text import JsonObject
+from pipar_jax.errors import PeerError
 from pipar_jax.roles.mail import Roll
 from pipar_jax.roles.round_end import RoundEnd
 from pipar_jax.runtime.unit_state import States
@@ -60,10 +61,15 @@ class RoundAttempt:
       demand: Seconds per step of each place.
       samples: Samples of an epoch in each place.
       out: The places that are out of it.
-      releasing: Whether it is being released.
-      gone: Devices that went after they were chosen for it, or while it was released; they may
-        be back.
+      gone: Devices that went after they were chosen for it and before its release; they may be
+        back.
+      steps: Of all places together, the steps for which it was released last.
       failed: Places of summed gradients that the others go back for.
+      broken: The step of summed gradients in which a loss was not finite, until all have gone back.
+      stalled: The hosts that are late where nobody makes progress, and why they would go; None:
+        some do.
+      checked: The step to which all went back when nobody made progress; None: all do so far.
+      short: Whether it is below its quorum, and those that are left finish it nevertheless.
       nodes: Compute nodes that take part.
       lost_nodes: Those with stages that went before the commit.
       ends: The step at which it ended early, for the loss of a node.
@@ -93,9 +99,13 @@ class RoundAttempt:
         self.demand, self.samples = tuple(demand), tuple(samples)
         self.begun = spans
         self.out: dict[int, Out] = {}
-        self.releasing = False
         self.gone: list[str] = []
+        self.steps = range(0)
         self.failed: list[int] = []
+        self.broken: int | None = None
+        self.stalled: tuple[Sequence[str], PeerError] | None = None
+        self.checked: int | None = None
+        self.short = False
         self.nodes: tuple[str, ...] = ()
         self.lost_nodes: list[str] = []
         self.ends: int | None = None

@@ -24,6 +24,7 @@ from pipar_jax.roles.round_attempt import Committed
 from pipar_jax.roles.run_log import Round, RunLog
 from pipar_jax.roles.state_exchange import StateExchange
 from pipar_jax.roles.timetable import Timetable, next_steps
+from pipar_jax.roles.told_sums import most_samples, odd_sums
 from pipar_jax.runtime import exchanges, unit_state
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.metrics import Totals
@@ -173,7 +174,7 @@ class RoundResults:
             Round(
                 done.index,
                 interval,
-                totals=self._sum_up(said),
+                totals=self._sum_up(done, said),
                 busy=busy,
                 overruns=sum(one.overruns for one in said.values()),
                 told={name: said[name].link for name in workers},
@@ -190,18 +191,20 @@ class RoundResults:
             if steps and (name := device_name(done.cohort[place])) in busy:
                 self.demand[place] = busy[name] / steps
 
-    def _sum_up(self, said: Mapping[str, messages.Stored]) -> Totals:
-        """Returns the sums over a round's samples; a host may have those of the task and no others.
+    def _sum_up(self, done: Committed, said: Mapping[str, messages.Stored]) -> Totals:
+        """Returns the sums over a round's samples, of those hosts that can have computed theirs.
 
         Raises:
-          ProtocolError: A host reports other metrics.
+          ProtocolError: A host that the run may not lose cannot.
         """
-        totals = Totals()
+        totals, plan, batch_size = Totals(), self._setup.plan, self._config.data.batch_size
         for name, stored in said.items():
-            if stored.metrics.keys() != (
-                set(self._model.task.streamed) if stored.samples else set()
-            ):
-                self._members.blame(name, "'stored' with metrics that its task does not have")
+            if name != COORDINATOR:
+                seat, places = done.seat(name), done.taking
+                most = most_samples(plan, self._setup.samples, batch_size, seat, places)
+                if (odd := odd_sums(self._model.task, stored, most)) is not None:
+                    self._members.blame(name, f"'stored' with {odd}")
+                    continue
             totals = totals.plus(Totals(stored.loss, stored.samples, stored.metrics))
         return totals
 

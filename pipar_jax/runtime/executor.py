@@ -37,6 +37,7 @@ from pipar_jax.schedule.trace import Timed
 from pipar_jax.training.replica import Replica
 from stages import MicroBatchContext, Model
 from stages.release import CLIPPED
+from stages.stage_programs import Metrics
 from stages.tasks.task import LOSS as LOSS_NAME
 from stages.trees import PyTree
 
@@ -74,6 +75,7 @@ class Executor:
       lengths: Is told to what the device's own mini-batches are padded.
       computed_size: Returns in what size a micro-batch of some samples is computed.
       releases: What a device of a private run may send.
+      holds_back: Whether nothing is sent that follows from a loss that is not finite.
     """
 
     def __init__(
@@ -93,8 +95,10 @@ class Executor:
         lengths: StepLengths,
         computed_size: Callable[[int], int],
         releases: Releases | None = None,
+        holds_back: bool = False,
     ) -> None:
         self._host, self._program = program.host, program
+        self._holds_back = holds_back
         self._replicas, self._meter, self._record = replicas, meter, record
         self._ledger, self._releases, self._computed_size = ledger, releases, computed_size
         self._duration_s, self._seed, self._dtype = duration_s, np.uint32(seed), np.dtype(dtype)
@@ -252,12 +256,12 @@ class Executor:
         def then() -> None:
             release()
             self._ledger.drop(x_bytes)
+            if self._holds_back:
+                self._measure(action, replica, metrics, part.samples)
             if parcel is not None:
-                self._sender.send_down(action, operation, part, parcel)
-            if self._releases is None:  # figures of a private device's samples stay there
-                self._meter.add(action.device, action.step, totals_of(metrics, part.samples))
-            elif replica.stage.release is not None:
-                self._releases.watch(replica.stage, metrics[CLIPPED], part.samples)
+                self._send_down(action, operation, part, parcel)
+            if not self._holds_back:  # others wait for the cotangent, and nobody for the figures
+                self._measure(action, replica, metrics, part.samples)
 
         probe = metrics[LOSS_NAME] if parcel is None else parcel.ready
         return self._work(action, probe, part.samples, then)
@@ -278,7 +282,7 @@ class Executor:
             release()
             self._ledger.drop(over_bytes)
             if parcel is not None:
-                self._sender.send_down(action, operation, part, parcel)
+                self._send_down(action, operation, part, parcel)
 
         return self._work(action, given if parcel is None else parcel.ready, part.samples, then)
 
@@ -407,6 +411,26 @@ class Executor:
             self._values[action] = cotangent
             return None
         return OutgoingTensor(cotangent, operation.codec, self.part(action).samples)
+
+    def _measure(self, action: Action, replica: Replica, metrics: Metrics, samples: int) -> None:
+        """Takes what a last stage has measured; a private device's figures stay there."""
+        if self._releases is None:
+            self._meter.add(action.device, action.step, totals_of(metrics, samples))
+        elif replica.stage.release is not None:
+            self._releases.watch(replica.stage, metrics[CLIPPED], samples)
+
+    def _send_down(
+        self, action: Action, operation: Operation, part: MicroBatchSlice, parcel: OutgoingTensor
+    ) -> None:
+        """Sends a cotangent, unless it follows from a loss that is not finite and is held back.
+
+        Without it no other host can take the step, nor this one the next: it is the latest from
+        which all can go back.
+        """
+        if self._holds_back and self._meter.is_broken(action.device):
+            self._ledger.drop(parcel.array_bytes)
+            return
+        self._sender.send_down(action, operation, part, parcel)
 
     def _work(self, action: Action, probe: PyTree, samples: int, then: Callable[[], None]) -> Work:
         """Wraps a dispatched computation for the completion thread."""

@@ -129,6 +129,7 @@ class HostRounds:
             record=self._recorder.add, ledger=self._ledger, duration_s=self._duration_s,
             seed=config.seed, dtype=config.model.weight_dtype, lengths=share.lengths,
             computed_size=share.sizes.of, releases=self._releases,
+            holds_back=plan.sums_gradients and config.run.nonfinite == "drop",
         )  # fmt: skip
         schedule = RoundSchedule(plan, (), share.samples, config.data.batch_size)
         self._executor.start(schedule, NO_ATTEMPT, ())
@@ -387,10 +388,10 @@ class HostRounds:
         self.completion.then(lambda: self._thread.post(self._halted))
 
     def _halted(self) -> None:
-        step = self._back_at
-        if step is None:
-            step = undo.next_step(self._share.replicas, self._executor.schedule, self._dropped)
-        self._answer(messages.Halted(self._round, step))
+        least, step = undo.reach(self._share.replicas, self._executor.schedule, self._dropped)
+        if self._back_at is not None:
+            least, step = min(least, self._back_at), self._back_at
+        self._answer(messages.Halted(self._round, step, max(least, 0)))
 
     def rewind(self, step: int) -> None:
         """Goes back to the end of a step, with nothing of later ones left."""

@@ -148,9 +148,7 @@ class _ModelSizes:
         params, state = self._variables(units)
         opt_state = tree_bytes([jax.eval_shape(self._tx.init, one) for one in params.values()])
         whole = tree_bytes(params) + tree_bytes(state) + opt_state
-        return (opt_state if Keep.OPTIMIZER in keeps else 0) + (
-            whole if keeps & (Keep.TURN | Keep.STEP) else 0
-        )
+        return (opt_state if Keep.OPTIMIZER in keeps else 0) + keeps.wholes * whole
 
     def average(self, units: range) -> int:
         """Returns the bytes of weights, statistics and the rule's state."""

@@ -76,10 +76,10 @@ class Meter:
         self._lock = threading.Lock()
         self._steps: dict[tuple[int, int], Totals] = {}
         # Measurements of completed steps: those that cannot be undone, and for each device its
-        # turn's or round's so far without the last step, and the last step's.
+        # turn's or round's so far without the last two steps, and those of these two.
         self._round = Totals()
         self._over: dict[int, Totals] = {}
-        self._last: dict[int, tuple[int, Totals]] = {}
+        self._last: dict[int, list[tuple[int, Totals]]] = {}
         self._told_s = 0.0
 
     def add(self, device: int, step: int, totals: Totals) -> None:
@@ -95,8 +95,8 @@ class Meter:
         with self._lock:
             totals = self._steps.pop((device, step), None)
             if totals is not None:
-                self._close(device)
-                self._last[device] = step, totals
+                self._close(device, keep=1)
+                self._last.setdefault(device, []).append((step, totals))
             now = time.monotonic()
             if totals is None or not totals.samples or now - self._told_s < self._every_s:
                 return
@@ -125,13 +125,18 @@ class Meter:
             self._over.pop(device, None)
             self._told_broken.discard(device)
 
+    def is_broken(self, device: int) -> bool:
+        """Returns whether a loss of a device was not finite in the round."""
+        return device in self._told_broken
+
     def rewind(self, step: int) -> None:
-        """Removes every device's steps from ``step``, the last completed step, from the round."""
+        """Removes every device's steps from ``step``, one of the last two, from the round."""
         with self._lock:
             for key in [one for one in self._steps if one[1] >= step]:
                 del self._steps[key]
-            for device in [one for one, (last, _) in self._last.items() if last >= step]:
-                del self._last[device]
+            for device, last in self._last.items():
+                self._last[device] = [one for one in last if one[0] < step]
+            self._told_broken.clear()  # what follows is computed anew
 
     def _settle(self) -> None:
         for device in sorted(self._last):
@@ -140,8 +145,9 @@ class Meter:
             self._round = self._round.plus(self._over[device])
         self._over.clear()
 
-    def _close(self, device: int) -> None:
-        """Adds the device's last completed step to the steps before it."""
-        if device in self._last:
-            _, totals = self._last.pop(device)
+    def _close(self, device: int, keep: int = 0) -> None:
+        """Adds a device's last steps, but for so many, to the steps before them."""
+        last = self._last.get(device, [])
+        while len(last) > keep:
+            _, totals = last.pop(0)
             self._over[device] = self._over.get(device, Totals()).plus(totals)

@@ -9,6 +9,7 @@ device fails is recomputed by the others.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 from pipar_jax.config import CohortConfig, Hosts, keeps_state
 from pipar_jax.schedule.actions import ALL
@@ -45,7 +46,8 @@ def begin_round(replicas: Replicas, schedule: RoundSchedule, index: int, *, anew
     """
     plan = schedule.plan
     if plan.order == Order.PARALLEL:
-        firsts = {span.device: span.first for span in schedule.spans if span.stop > span.first}
+        # Of spans without a step as well: another device may be lost when all steps are over.
+        firsts = {span.device: span.first for span in schedule.spans}
         whole = min(firsts.values(), default=0)
         for (copy, _), replica in replicas.items():
             first = whole if copy == ALL else firsts.get(copy, 0)
@@ -67,8 +69,20 @@ def undo_turn(replicas: Replicas) -> None:
             replica.undo_turn()
 
 
-def next_step(replicas: Replicas, schedule: RoundSchedule, without: Collection[int]) -> int:
-    """Returns the first step with a missing update on this host.
+class Reach(NamedTuple):
+    """The steps of a round to which a host can go back.
+
+    Attributes:
+      least: The earliest one.
+      step: The last one: the first step of which some update is missing.
+    """
+
+    least: int
+    step: int
+
+
+def reach(replicas: Replicas, schedule: RoundSchedule, without: Collection[int]) -> Reach:
+    """Returns to which steps a host can go back.
 
     Args:
       replicas: The host's replicas.
@@ -76,9 +90,9 @@ def next_step(replicas: Replicas, schedule: RoundSchedule, without: Collection[i
       without: Lost places, whose own weights do not count.
     """
     over = max((span.stop for span in schedule.spans), default=0)
-    taking = {ALL} | {span.device for span in schedule.spans if span.stop > span.first}
-    steps = (one.step for (copy, _), one in replicas.items() if copy in taking.difference(without))
-    return min(steps, default=over)
+    some = [one for (copy, _), one in replicas.items() if copy in _taking(schedule) - set(without)]
+    step = min((one.step for one in some), default=over)
+    return Reach(min(step, max((one.least_step for one in some), default=0)), step)
 
 
 def rewind(
@@ -87,13 +101,17 @@ def rewind(
     """Restores the state at the end of the step before ``step``.
 
     Raises:
-      RunError: More than one step would have to be undone.
+      RunError: A copy keeps nothing of it any more.
     """
-    taking = {ALL} | {span.device for span in schedule.spans if span.stop > span.first}
     for (copy, _), replica in replicas.items():
-        lost = copy in without and not step <= replica.step <= step + 1
-        if copy in taking and not lost:
+        lost = copy in without and not replica.least_step <= step <= replica.step
+        if copy in _taking(schedule) and not lost:
             replica.rewind(step)
+
+
+def _taking(schedule: RoundSchedule) -> set[int]:
+    """Returns the copies that a round trains."""
+    return {ALL} | {span.device for span in schedule.spans if span.stop > span.first}
 
 
 def leave_out(replicas: Replicas, schedule: RoundSchedule, places: Collection[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -79,9 +80,11 @@ class Replica:
         self.accumulated: Variables | None = stage.zeros(self.params)
         self._compiled, self._keeps = compiled, keeps
         self._each_step = Keep.STEP in keeps
-        whole = keeps & (Keep.TURN | Keep.STEP)
-        self._keeping = compiled.keeping_all if whole else compiled.keeping_state
-        self._kept: tuple[Variables, Variables, OptState] | None = None
+        self._keeping = compiled.keeping_all if keeps.wholes else compiled.keeping_state
+        # What it was at earlier moments, the last one behind the others.
+        self._kept: collections.deque[tuple[Variables, Variables, OptState]] = collections.deque(
+            maxlen=keeps.wholes
+        )
         self._start: OptState | None = None  # the optimiser state of the round's start
         self._settled = self.state  # as the last step has left them
         # Whether the next step has to leave what it starts from as it is, since that is kept.
@@ -160,8 +163,7 @@ class Replica:
         tree: list[Any] = []
         if Keep.OPTIMIZER in self._keeps:
             tree.append(self.opt_state)
-        if self._keeps & (Keep.TURN | Keep.STEP):
-            tree += [self.params, self.state, self.opt_state]
+        tree += [self.params, self.state, self.opt_state] * self._keeps.wholes
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
     def begin_round(self, step: int, *, course: int | None = None, anew: bool = True) -> None:
@@ -174,6 +176,8 @@ class Replica:
           anew: Whether it is the round's start, and not that of the rest after a rewind.
         """
         self.step, self._settled = step, dict(self.state)
+        if anew:
+            self._kept.clear()  # nobody goes back to the round before
         if course is not None and (anew or self._renewed):
             self.opt_state = optimizer.at_step(self.opt_state, course)
         self._renewed = False
@@ -182,7 +186,8 @@ class Replica:
 
     def end_round(self) -> None:
         """Keeps nothing any more of the round that is over."""
-        self._kept = self._start = None
+        self._kept.clear()
+        self._start = None
         self._held = False
 
     def undo_round(self) -> None:
@@ -205,35 +210,45 @@ class Replica:
 
     def begin_turn(self) -> None:
         """Keeps itself as it is now, for ``undo_turn``."""
-        self._kept = dict(self.params), dict(self.state), dict(self.opt_state)
+        self._kept.clear()
+        self._kept.append((dict(self.params), dict(self.state), dict(self.opt_state)))
         self._held = True
 
     def undo_turn(self) -> None:
         """Goes back to what it was at ``begin_turn``."""
-        self._go_back()
+        self._return_to(self._kept[-1])
         self._held = True
 
+    @property
+    def least_step(self) -> int:
+        """The earliest step to which it can go back, with Keep.STEP."""
+        return self.step - len(self._kept)
+
     def rewind(self, step: int) -> None:
-        """Goes back to the end of the step before one, with Keep.STEP; no more than one step.
+        """Goes back to the end of the step before one, with Keep.STEP.
+
+        Args:
+          step: The step, from ``least_step`` on.
 
         Raises:
-          RunError: More than one step would have to be undone.
+          RunError: It has not come to this step, or keeps nothing of it any more.
         """
-        if not step <= self.step <= step + 1:
+        if not self.least_step <= step <= self.step:
             raise RunError(
-                f"a stage that comes to step {self.step} cannot go back to step {step}: one step "
-                "is kept"
+                f"a stage that comes to step {self.step} cannot go back to step {step}: it keeps "
+                f"what it was from step {self.least_step} on"
             )
-        if self.step > step:
-            self._go_back()
-            self.step = step
-        else:
+        if step == self.step:
             self.state = dict(self._settled)
             self.clear()
+            return
+        while self.step > step:
+            before = self._kept.pop()
+            self.step -= 1
+        self._return_to(before)
 
-    def _go_back(self) -> None:
-        assert self._kept is not None
-        params, state, opt_state = self._kept
+    def _return_to(self, before: tuple[Variables, Variables, OptState]) -> None:
+        params, state, opt_state = before
         self.params, self.state, self.opt_state = dict(params), dict(state), dict(opt_state)
         self._settled = state
         self.clear()
@@ -305,7 +320,7 @@ class Replica:
         update, before = self._compiled.update, (self.params, self.opt_state)
         if self._each_step:
             update = self._compiled.keeping_all
-            self._kept = self.params, self._settled, self.opt_state
+            self._kept.append((self.params, self._settled, self.opt_state))
             self._settled = dict(self.state)
         elif self._held:
             update = self._keeping

@@ -220,8 +220,8 @@ class _ProfileSizes:
         some = [self._facts[unit] for unit in units]
         opt_state = sum(unit.optimizer_bytes for unit in some)
         whole = sum(unit.parameter_bytes + unit.state_bytes for unit in some) + opt_state
-        times = int(Keep.OPTIMIZER in keeps), int(bool(keeps & (Keep.TURN | Keep.STEP)))
-        return int(times[0] * opt_state + times[1] * whole)
+        own = opt_state if Keep.OPTIMIZER in keeps else 0
+        return int(own + keeps.wholes * whole)
 
     def average(self, units: range) -> int:
         """Returns the bytes of weights and statistics; rules of the average are not profiled."""

@@ -117,10 +117,12 @@ class Halted(ControlMessage):
     Attributes:
       round: Which round.
       step: The first step of which some update is missing here.
+      least: The earliest step to which the host can go back.
     """
 
     round: Count
     step: Count
+    least: Count
 
 
 @message("rewind", Sender.COORDINATOR)

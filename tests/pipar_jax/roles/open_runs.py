@@ -192,6 +192,21 @@ def before_batch(monkeypatch, device: int, from_step: int, act: Callable[[], Non
     monkeypatch.setattr(loading.Prefetcher, "get", first)
 
 
+def break_batch(monkeypatch, device: int, step: int) -> list[int]:
+    """Makes a device's mini-batch of a step one without numbers, once; returns what was done."""
+    get, done = loading.Prefetcher.get, list[int]()
+
+    def broken(self, of):
+        batch = get(self, of)
+        if self._loader._seed[1] == device and of == step and not done:
+            done.append(of)
+            return batch._replace(x=np.full_like(batch.x, np.nan))
+        return batch
+
+    monkeypatch.setattr(loading.Prefetcher, "get", broken)
+    return done
+
+
 class Points:
     """Calls hooks at points of runs: on the thread that comes there, before it goes on."""
 

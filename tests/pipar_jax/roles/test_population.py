@@ -22,7 +22,7 @@ class Side:
     """The coordinator's side of a run that may lose devices, and what it told."""
 
     def __init__(self, tmp_path, monkeypatch, **fields) -> None:
-        monkeypatch.setattr("pipar_jax.roles.membership.LAST_WORDS_S", 0.05)
+        monkeypatch.setattr("pipar_jax.roles.waits.LAST_WORDS_S", 0.05)
         made = support.config(tmp_path, SAMPLES, dtype="float32", batch=7, method="pipar")
         for name, value in {"quorum": 1, **fields}.items():
             setattr(made.cohort, name, value)
@@ -106,6 +106,8 @@ def test_what_a_send_finds_gone_is_lost_too(side):
     side.join(0)
     side.join(1).refuse("cut")
     side.members.broadcast(messages.Calibrate())
+    assert side.lost == []
+    assert side.members.collect(messages.Calibrated, ("d1",)) == {}
     assert side.lost == ["d1"]
 
 

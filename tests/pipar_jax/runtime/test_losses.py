@@ -183,3 +183,48 @@ def test_a_round_in_which_nobody_counts_leaves_the_weights(tmp_path):
     assert not any(any(one.values()) for one in residues.values())
     trained, _, _, _ = run(made, samples, script=[ROUND], left_out=nobody)
     assert_equal(trained, found)
+
+
+class Behind(World):
+    """A slow device is a step behind what devices share, and a fast one a step ahead.
+
+    Device 1 does not get a cotangent of a step before device 0 has come two steps further. Device 2
+    is lost then.
+    """
+
+    slow, fast, lost = 1, 0, 2
+
+    def __init__(self, *args, step):
+        super().__init__(*args)
+        self.step = step
+        self.behind = False
+
+    def carry(self, source, target, tag, array):
+        at = tag.device, tag.step, tag.role
+        if at == (self.slow, self.step, DOWN) and target == "d1" and not self.gone:
+            return False
+        if at == (self.fast, self.step + 2, UP) and source == "d0" and not self.gone:
+            self.gone.add(f"d{self.lost}")
+            self.said.put(("lost", self.lost, {}))
+            self.behind = True
+        return super().carry(source, target, tag, array)
+
+
+@pytest.mark.parametrize(("method", "step"), [("pipar", 0), ("pipar", 1), ("mpsl", 1)])
+def test_a_fast_device_goes_back_as_far_as_a_slow_one_has_come(method, step, tmp_path):
+    """Where gradients are summed: what devices share is between the two."""
+    made, samples = setting(tmp_path, method, "shared")
+    samples = (4 * BATCH,) * len(samples)
+    made.pipeline.weights, made.pipeline.dispatch = "shared", "fixed"
+    plan = plan_for(made, network(made).unit_names)
+    spans = [Span(place, 0, 4) for place in range(3)]
+    with Behind(made, plan, network(made), samples, step=step) as world:
+        conductor = Conductor(world)
+        conductor.round(0, spans, Loss(world.lost, 0, lambda tag: False))
+        assert world.behind
+        found, residues, script = conductor.variables(), conductor.residues(), conductor.script
+    assert script == [tuple(Span(p, 0, step if p == world.lost else 4) for p in range(3))]
+    assert all(not any(one.values()) for one in residues.values()), residues
+    expected, _, _, _ = run(made, samples, script=script, left_out={0: (world.lost,)})
+    expected = {name: array for name, array in expected.items() if "d2 " not in name}
+    assert_equal(found, expected, rtol=1e-12)

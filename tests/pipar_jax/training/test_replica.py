@@ -9,6 +9,8 @@ import pytest
 
 import stages
 from pipar_jax.config import OptimizerConfig
+from pipar_jax.errors import RunError
+from pipar_jax.schedule.keep import Keep
 from pipar_jax.training import compile, optimizer
 from pipar_jax.training.replica import Replica
 from tests.pipar_jax.runtime import support
@@ -101,3 +103,38 @@ def test_compiling_leaves_it_as_it_is(function):
     for part, weights in zip(parts, before, strict=True):
         assert part.accumulated is None
         jax.tree.map(np.testing.assert_array_equal, part.params, weights)
+
+
+@pytest.mark.parametrize(("keeps", "depth"), [(Keep.STEP, 1), (Keep.STEP | Keep.STEP_BEFORE, 2)])
+def test_a_copy_goes_back_as_many_steps_as_it_keeps(keeps, depth):
+    """To the bits of the moment, and from there it takes the same steps again."""
+    model = support.model(dtype="float32")
+    params, state = model.init(0)
+    made = optimizer.compiled(OptimizerConfig(momentum=0.9), steps=4)
+    replica = Replica(stages.split(model, ())[0], params, state, made, keeps)
+    replica.begin_round(5)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, *support.SHAPE)), jnp.float32)
+
+    def take_step(step):
+        replica.loss(x, jnp.arange(4) % CLASSES, stages.make_draw(4, step=step), {})
+        replica.update()
+        replica.step = step + 1
+
+    def now():
+        return jax.tree.map(np.array, (replica.params, replica.state, replica.opt_state))
+
+    moments = {5: now()}
+    for step in range(5, 9):
+        take_step(step)
+        moments[step + 1] = now()
+    assert replica.least_step == 9 - depth
+    with pytest.raises(RunError, match=f"comes to step 9 cannot go back to step {8 - depth}"):
+        replica.rewind(8 - depth)
+    replica.rewind(9 - depth)
+    jax.tree.map(np.testing.assert_array_equal, now(), moments[9 - depth])
+    assert replica.least_step == replica.step == 9 - depth  # what it kept is used up
+    for step in range(9 - depth, 9):
+        take_step(step)
+    jax.tree.map(np.testing.assert_array_equal, now(), moments[9])
+    replica.rewind(8)
+    jax.tree.map(np.testing.assert_array_equal, now(), moments[8])
