@@ -13,8 +13,11 @@ import pytest
 from comms import Role
 from pipar_jax.methods.registry import METHODS, plan_for
 from pipar_jax.methods.resolution import resolve
+from pipar_jax.protocol import messages
+from pipar_jax.roles.going_back import common_step
 from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.rounds import rounds
+from tests.patience import PATIENCE_S
 from tests.pipar_jax.runtime import support
 from tests.pipar_jax.runtime.losses import Conductor, Loss, World
 
@@ -228,3 +231,50 @@ def test_a_fast_device_goes_back_as_far_as_a_slow_one_has_come(method, step, tmp
     expected, _, _, _ = run(made, samples, script=script, left_out={0: (world.lost,)})
     expected = {name: array for name, array in expected.items() if "d2 " not in name}
     assert_equal(found, expected, rtol=1e-12)
+
+
+class Broken(World):
+    """What device 1 sends up in a step is no number; notes which cotangents of it come down."""
+
+    def __init__(self, *args, step):
+        super().__init__(*args)
+        self.step, self.down = step, []
+
+    def carry(self, source, target, tag, array):
+        if (tag.device, tag.step, tag.role) == (1, self.step, UP) and source == "d1":
+            array = np.full_like(array, np.nan)
+        if (tag.device, tag.role) == (1, DOWN):
+            self.down.append(tag.step)
+        return super().carry(source, target, tag, array)
+
+
+@pytest.mark.parametrize("method", ["pipar", "mpsl"])
+def test_what_follows_from_a_loss_that_is_not_finite_stays_where_it_is(method, tmp_path):
+    """So that no host can take the step after it, and all can go back to it."""
+    made, samples = setting(tmp_path, method, "shared")
+    samples, step = (4 * BATCH,) * len(samples), 1
+    made.pipeline.weights, made.pipeline.dispatch = "shared", "fixed"
+    made.run.nonfinite = "drop"
+    plan = plan_for(made, network(made).unit_names)
+    with Broken(made, plan, network(made), samples, step=step) as world:
+        Conductor(world)  # prepares the hosts
+        spans = tuple(Span(place, 0, 4) for place in range(3))
+        release = messages.Release(0, 1, spans, (0, 1, 2), samples, None, (1.0,) * 3)
+        for host in world.hosts.values():
+            host.release(release)
+        said = {}
+        while not any(isinstance(one, messages.NonFinite) for one in said.values()):
+            name, one, _ = world.said.get(timeout=PATIENCE_S)
+            said[name] = one
+        broken = next(one for one in said.values() if isinstance(one, messages.NonFinite))
+        assert (broken.what, broken.device, broken.step) == ("loss", 1, step)
+        halted = {}
+        others = [name for name in world.hosts if name != "d1"]
+        for name in others:
+            world.hosts[name].halt((1,))
+        while len(halted) < len(others):
+            name, one, _ = world.said.get(timeout=PATIENCE_S)
+            if isinstance(one, messages.Halted):
+                halted[name] = one
+        assert step not in world.down and step - 1 in world.down
+        assert common_step(halted, range(4), step) == (step, {})
