@@ -304,8 +304,9 @@ class Checkpoints:
         for name in names:
             members.send(name, messages.RestoreState(self.run, rounds, optimizers))
             asked.append(name)
-        self._taken_up.update(asked)
-        for name, mail in members.collect(messages.RestoredState, asked).items():
+        found = members.collect(messages.RestoredState, asked)
+        self._taken_up.update(found)
+        for name, mail in found.items():
             missing, older = mail.said.missing, None
             if mail.said.personal is not None and is_device(name):
                 older = _older(mail.said.personal, members.population[host_index(name)].last)

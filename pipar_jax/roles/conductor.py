@@ -191,7 +191,8 @@ class Conductor:
     def _release(self, now: RoundAttempt, spans: tuple[Span, ...]) -> None:
         """Starts a round on its hosts, or the rest of it after a failed step."""
         self._attempt += 1
-        now.steps = range(min(span.first for span in spans), max(span.stop for span in spans))
+        firsts, stops = [span.first for span in spans], [span.stop for span in spans]
+        now.steps = range(min(firsts, default=0), max(stops, default=0))
         self._members.reports.open(self.plan, now.index, spans)
         self._members.links.open(spans, self._attempt, now.samples)
         in_turns = self.plan.order == Order.SEQUENTIAL
@@ -223,7 +224,8 @@ class Conductor:
         def stall(late: Sequence[str], error: PeerError) -> None:
             now.stalled = late, error
 
-        wait = self._members.waiting("trained", computing=True, expired=stall)
+        sums = self.plan.sums_gradients
+        wait = self._members.waiting("trained", computing=True, expired=stall if sums else None)
         while True:
             if now.lost_nodes:
                 return self._give_up(now)
@@ -400,10 +402,6 @@ class Conductor:
     def _go_back(self, now: RoundAttempt) -> None:
         """Restarts the others at the step in which a device has failed (summed gradients)."""
         stalled, now.stalled = now.stalled, None
-        if stalled is not None and not self.plan.sums_gradients:
-            for name in suspects(stalled[0]):
-                self._members.lose(name, stalled[1])
-            return
         if not now.places:
             now.failed = []
             return

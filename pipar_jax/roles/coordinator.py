@@ -29,7 +29,6 @@ from pipar_jax.roles.first_plan import first_plan, make_adaptation
 from pipar_jax.roles.gathering import Cohort, Gathering
 from pipar_jax.roles.holdings import Holdings
 from pipar_jax.roles.host_setup import HostSetup, samples_by_place
-from pipar_jax.roles.mail import Member
 from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.node_pool import NodePool
 from pipar_jax.roles.past import Past, timetable
@@ -216,15 +215,10 @@ class Coordinator:
     def _say_goodbye(self) -> None:
         """Lets every host end, those among them that join meanwhile."""
         self._members.broken_links.finish()
-        told: dict[str, Member] = {}
-        times = Counter[str]()
-        while new := {
-            name: member
-            for name, member in self._members.by_name.items()
-            if told.get(name) is not member  # another one, too, if it was lost and is back
-        }:
-            told |= new
-            times.update(new.keys())
+        told, times = self._members.roll(()), Counter[str]()
+        while new := [name for name in self._members.by_name if not told.stayed(name)]:
+            told = self._members.roll(self._members.by_name)
+            times.update(new)
             for name in new:
                 self._members.send(name, messages.Finish())
             # Whoever comes back again and again does not keep the others.

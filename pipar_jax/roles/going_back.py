@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from pipar_jax.errors import RunError
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.registry import ControlMessage
 from pipar_jax.roles.membership import Membership
@@ -45,6 +46,8 @@ class GoingBack:
         broken, now.broken = now.broken, None  # all that was said of it has been read
         said = {name: halted[name].said for name in present() if name in halted}
         step, odd = common_step(said, now.steps, broken)
+        if COORDINATOR in odd:
+            raise RunError(f"the server cannot go back: it has {odd[COORDINATOR]}")
         for name, reason in odd.items():
             self._members.blame(name, f"'halted' with {reason}")
         hosts = [name for name in said if name not in odd]

@@ -290,10 +290,11 @@ class HostSetup:
         waiting, there = set(workers), self._members.by_name
         wait = self._members.waiting("met")
         while there.keys() >= neighbours - {COORDINATOR}:
-            for name, mail in self._members.early.take(messages.Met, waiting).items():
-                if mail.said.number == self._meetings:  # not that of a meeting that was given up
-                    waiting.discard(name)
-                    links.note_met(name, anew)
+            while found := self._members.early.take(messages.Met, waiting):
+                for name, mail in found.items():
+                    if mail.said.number == self._meetings:  # not of a meeting that was given up
+                        waiting.discard(name)
+                        links.note_met(name, anew)
             # Whoever is lost and back was not asked.
             waiting = {name for name in waiting if self._members.owes(name, messages.Met)}
             if not waiting.intersection(there):

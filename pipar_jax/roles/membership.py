@@ -284,13 +284,14 @@ class Membership:
         if self._pulses.are_due():
             self._pulses.send(self.by_name, self.actions())
             self._joining.refuse_late()
-        for broken, error in self.broken_links.due(self.by_name):
-            self.lose(broken, error)
-        for gone, error in self._failed_sends.due():
-            self.lose(gone, error)
         try:
             what, link, item = self.links.mail.get(timeout=timeout_s)
         except queue.Empty:
+            # Only now, since what has arrived says more of a host's end, or of another's.
+            for gone, error in [
+                *self.broken_links.due(self.by_name), *self._failed_sends.due()
+            ]:  # fmt: skip
+                self.lose(gone, error)
             return
         if what is Incoming.FAILED:
             if isinstance(item, ChannelError):

@@ -63,7 +63,7 @@ class PeerLinks:
         self._tensors, self._wake, self._cut, self._met = tensors, wake, cut, met
         self.link_table = LinkTable(name)
         self.refused = 0
-        self._lock = threading.RLock()
+        self._lock, self._telling = threading.RLock(), threading.Lock()
         self._expected: tuple[Boundary, ...] = ()
         self._numbers: list[int] = []  # of the meetings that are to be answered
         self._number = 0  # of the last meeting that this host was asked to
@@ -307,13 +307,14 @@ class PeerLinks:
 
     def _look(self) -> None:
         """Calls ``met``, once for each meeting, when no link is missing."""
-        with self._lock:
-            if self.link_table.missing(self._expected):
-                return
-            self._expected = ()
-            numbers, self._numbers = self._numbers, []
-        for number in numbers:
-            self._met(number)
+        with self._telling:  # two threads come here, and answers have an order
+            with self._lock:
+                if self.link_table.missing(self._expected):
+                    return
+                self._expected = ()
+                numbers, self._numbers = self._numbers, []
+            for number in numbers:
+                self._met(number)
 
     def _shape(self, boundary: Boundary, link: Link) -> None:
         """Shapes what this host sends over a link: a device's links share its one radio."""

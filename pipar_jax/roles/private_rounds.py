@@ -132,8 +132,11 @@ class PrivateRounds:
         known, spent, epsilon = self._told.get(who.name, 0.0), who.spent, who.epsilon
         one, folder = self._population[who.index], who.name
         if self._noise is not None:
-            spent, epsilon = self._noise.spent(who.index), self._noise.epsilon(who.index)
             folder = f"{COORDINATOR}/{who.name}"
+            try:
+                spent, epsilon = self._noise.spent(who.index), self._noise.epsilon(who.index)
+            except RunError as error:  # a ledger that cannot be read: its device stays out
+                return str(error)
         if not spent and one.rounds:  # whatever a checkpoint of an earlier version says of it
             known = max(known, self._spending(one).spent)
         if not spent >= known * (1 - 1e-9):

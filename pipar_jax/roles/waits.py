@@ -108,23 +108,29 @@ class FailedSends:
 
     def __init__(self) -> None:
         """Begins with none."""
-        self._failed: dict[str, tuple[Member, ChannelError, float]] = {}
+        self._failed: dict[str, tuple[Member, ChannelError]] = {}
+        self._since_s: dict[str, float] = {}  # of those that were looked at
 
     def add(self, name: str, member: Member, error: ChannelError) -> None:
         """Takes note that a send to a member has failed."""
         if name not in self._failed or self._failed[name][0] is not member:
-            self._failed[name] = member, error, time.monotonic()
+            self._failed[name] = member, error
+            self._since_s.pop(name, None)
 
     def forget(self, name: str) -> None:
         """Forgets a member whose loss has been reported."""
         self._failed.pop(name, None)
+        self._since_s.pop(name, None)
 
     def due(self) -> list[tuple[str, PeerError]]:
-        """Returns the members whose end no mail has told of in time, each with the reason."""
+        """Returns the members whose end no mail has told of in time, each with the reason.
+
+        Time counts from the first call after the send: before it nobody has looked for mail.
+        """
         now_s = time.monotonic()
         found = []
-        for name, (_, error, since_s) in self._failed.items():
-            if now_s - since_s >= LAST_WORDS_S:
+        for name, (_, error) in self._failed.items():
+            if now_s - self._since_s.setdefault(name, now_s) >= LAST_WORDS_S:
                 gone = PeerError(f"{long_name(name)} was lost: {error}")
                 gone.__cause__ = error
                 found.append((name, gone))
