@@ -46,11 +46,11 @@ def test_who_vanishes_while_it_meets_its_neighbours_is_not_in_the_round(
     """A node that has never met it could not begin the round, and would end."""
     connect, vanished = PeerLinks.connect, []
 
-    def vanish(self, number, boundaries, addresses):
+    def vanish(self, number, *meeting):
         if self.link_table.host == "d2" and len(vanished) < 2:
             vanished.append(number)
             raise RunError("it is gone")
-        connect(self, number, boundaries, addresses)
+        connect(self, number, *meeting)
 
     monkeypatch.setattr(PeerLinks, "connect", vanish)
     made = config(tmp_path, "mpsl", rounds=10, min_devices=2, quorum=1, wait_s=0.2)

@@ -27,6 +27,7 @@ class Node:
 
     def __init__(self, config, name) -> None:
         self.endpoint, self.met, self.cuts = Endpoint(name), queue.SimpleQueue(), []
+        self.network = config.network
         self.meetings = 0
         self.neighbours = PeerLinks(
             hosts_of(config), config.network, name, self.endpoint,
@@ -111,6 +112,7 @@ def test_links_are_opened_anew_where_that_is_asked_for(nodes):
 def test_a_neighbour_that_cannot_be_reached_is_reported_and_nobody_fails(nodes):
     addresses = {name: node.address for name, node in nodes.items()}
     nodes["n2"].endpoint.close()
+    nodes["n1"].network.join_timeout_s = 0.5  # for which it dials
     nodes["n1"].meet([FIRST], addresses)
     ((peer, reason, fault),) = nodes["n1"].cuts
     assert (peer, fault) == ("n2", False)
