@@ -29,6 +29,8 @@ from pipar_jax.tuner.chain_search import ChainProblem, Node, plan_chain, read_pr
 from stages.signature import Signature
 
 PARTS = ("memory", "equality", "time", "hops", "plans", "golden")
+#: Parts that take longer than --quick allows.
+SLOW = ("hops", "plans")
 ONLY = flags.DEFINE_multi_enum("only", [], PARTS, "Measure only this; may be repeated.")
 NETWORK = flags.DEFINE_enum(
     "network", None, [one.name for one in chains.NETWORKS], "Memory: measure only this network."
@@ -162,9 +164,9 @@ def measure_golden(run: harness.Bench) -> None:
 
 def measure(run: harness.Bench) -> None:
     """Measures all parts, or those of ``--only``."""
-    wanted = ONLY.value or PARTS
-    if run.quick and (slow := [part for part in ("hops", "plans") if part in wanted]):
-        run.missing(f"{' and '.join(slow)} skipped: they take longer than --quick allows")
+    wanted = run.reduced(ONLY, [part for part in PARTS if part not in SLOW]) or PARTS
+    if run.quick and not set(SLOW).intersection(wanted):
+        run.missing(f"{' and '.join(SLOW)} skipped: they take longer than --quick allows")
     if "golden" in wanted:
         measure_golden(run)
     if "equality" in wanted:
@@ -175,10 +177,10 @@ def measure(run: harness.Bench) -> None:
             simulator_settings.write_data(folder, batch)
         if "time" in wanted:
             measure_time(run, folder)
-        if "hops" in wanted and not run.quick:
+        if "hops" in wanted:
             compare_two(run, folder, "three nodes against one of the same cost",
                         chains.MULTIHOP, chains.ONE_HOP)  # fmt: skip
-        if "plans" in wanted and not run.quick:
+        if "plans" in wanted:
             for ours, papers in zip(chains.OURS, chains.PAPERS, strict=True):
                 title = f"our plan against the paper's objective, links {ours.link}"
                 compare_two(run, folder, title, ours, papers)

@@ -19,6 +19,7 @@ from experiments.benchmarks import flax_networks, harness, step_times, torch_net
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch import plain_flags
 from pipar_jax.launch.pinning import PinnedProcess, first_cores
+from stages.allocator import peak_bytes
 
 NETWORKS = plain_flags.define(
     "networks",
@@ -72,12 +73,12 @@ def compare_networks(run: harness.Bench, cores: int, batch: int, with_torch: boo
             run.row(f"{cell}", samples.median("ours") * 1e3, "ms", spread=samples.spread("ours"))
             run.row(f"{cell}, roofline", floor * 1e3, "ms")
             run.row(f"{cell}, compile and first step", prepared["compile_s"], "s")
-            run.row(f"{cell}, peak memory", ours.call(step_times.peak_bytes) / 1e6, "MB")
+            run.row(f"{cell}, peak memory", ours.call(peak_bytes) / 1e6, "MB")
             if with_torch:
                 ratio = samples.ratio("ours", "torch")
                 ratios.append(ratio)
                 run.row(f"{cell}, ours / PyTorch", ratio, "x", TARGET)
-                memory = peer.call(step_times.peak_bytes) / 1e6
+                memory = peer.call(peak_bytes) / 1e6
                 run.row(f"{cell}, PyTorch's peak memory", memory, "MB")
     return ratios
 

@@ -1,4 +1,4 @@
-"""Keeping freed memory in the process.
+"""Keeping freed memory in the process, and the most that it has held.
 
 XLA on CPUs takes the temporary memory of every call from the C library and gives it back
 afterwards. glibc returns large blocks to the kernel at once, so each call faults in (and the
@@ -9,7 +9,9 @@ its arithmetic. Keeping freed blocks avoids it, for a process that stays at its 
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
+from pathlib import Path
 
 # Parameters of mallopt(3).
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -41,6 +43,17 @@ def retain_memory() -> bool:
     # one thread is available to all.
     settings = ((_TRIM_THRESHOLD, -1), (_MMAP_MAX, 0), (_ARENA_MAX, 1))
     return all([library.mallopt(name, value) == 1 for name, value in settings])
+
+
+def peak_bytes() -> int:
+    """Returns the most memory that this process has held. Loads no library that would add to it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not ru_maxrss, which on Linux includes the parent process.
+        line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def _glibc() -> ctypes.CDLL | None:

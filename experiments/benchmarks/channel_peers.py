@@ -34,7 +34,7 @@ from comms import (
     Tag,
     TlsOptions,
 )
-from experiments.benchmarks import process_memory
+from stages.allocator import peak_bytes
 
 _LENGTH = struct.Struct("<Q")
 _CLONE_NEWNET = 0x40000000
@@ -352,7 +352,7 @@ def crowd_state() -> dict[str, float]:
     _, counts = _STATE["crowd"]
     return {
         **counts,
-        "peak_bytes": process_memory.peak_bytes(),
+        "peak_bytes": peak_bytes(),
         "threads": threading.active_count(),
     }
 

@@ -1,27 +1,14 @@
-"""Memory of a process, and of its descendants as sampled from Linux's /proc."""
+"""Memory of a process's descendants, as sampled from Linux's /proc."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import resource
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 INTERVAL_S = 0.1
-
-
-def peak_bytes() -> int:
-    """Returns the most memory that this process has held. Loads no library that would add to it."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not ru_maxrss, which on Linux includes the parent process.
-        line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 class Peak:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 import stages
-from experiments.benchmarks import process_memory
 from stages.allocator import retain_memory, return_memory
 
 _STATE: dict[str, Any] = {}
@@ -194,11 +193,6 @@ def prepare_torch(
 def run_step(times: int) -> float:
     """Runs the prepared step and returns the minimum of the seconds of several runs."""
     return _least(_STATE["step"], times)
-
-
-def peak_bytes() -> int:
-    """Peak memory of this process so far."""
-    return process_memory.peak_bytes()
 
 
 def _least(run: Callable[[], Any], times: int) -> float:

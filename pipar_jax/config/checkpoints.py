@@ -193,8 +193,8 @@ def _check_longer(config: Config, facts: dict[str, Any], folder: Path) -> None:
         )
     if (reason := facts.get("stopped")) is not None and config.stop == before.stop:
         raise ConfigError(
-            f"{folder} has ended after {facts['rounds']} rounds, since {reason}: change stop.* or "
-            f"raise {field} above {done} to go on with it, {another}"
+            f"{folder} has ended after {facts['rounds']} rounds, since {reason}: change what has "
+            f"ended it (such as stop.*), or raise {field} above {done}, to go on with it, {another}"
         )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from pipar_jax.config import Config
 from pipar_jax.config.paths import shown
 from pipar_jax.disk.files import unused
-from pipar_jax.errors import ConfigError, PiparError
+from pipar_jax.errors import ConfigError
 from pipar_jax.launch import launcher, machine
 from pipar_jax.launch.run_folders import check_place
 from pipar_jax.methods.registry import title
@@ -79,7 +79,7 @@ def compare(config: Config, methods: Sequence[str], console: Console) -> list[Ou
             )
     except BaseException:
         if outcomes:
-            with contextlib.suppress(PiparError):  # what ended the comparison is told, not this
+            with contextlib.suppress(Exception):  # what ended the comparison is told, not this
                 _conclude(config, outcomes, console, f"{len(outcomes)} of {len(methods)} methods")
         raise
     _conclude(config, outcomes, console, f"Finished in {time.monotonic() - began_s:.0f} s")

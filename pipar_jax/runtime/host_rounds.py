@@ -39,6 +39,7 @@ from pipar_jax.schedule.plan import Order, device_name, host_index, is_device, i
 from pipar_jax.schedule.policies import policy
 from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.schedule.step_feeder import StepFeeder
+from stages.allocator import peak_bytes
 
 #: Computations that may be dispatched and not over: the running one and one queued behind it.
 #: With more, asynchronous dispatch would take the choice away from the policy.
@@ -172,7 +173,7 @@ class HostRounds:
     def used_memory(self) -> memory.Used:
         """Returns the most memory that it has held since it was last asked."""
         arrays = self._share.fixed_bytes + self._ledger.take_peak()
-        return memory.Used(arrays, self._share.temporary_bytes, memory.resident_bytes())
+        return memory.Used(arrays, self._share.temporary_bytes, peak_bytes())
 
     # --- actions ------------------------------------------------------------------------------
 

@@ -8,8 +8,6 @@ a change of plan are not counted.
 from __future__ import annotations
 
 import functools
-import resource
-import sys
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -329,12 +327,6 @@ def temporary_bytes(model: Model, replicas: Iterable[Replica], sizes: Iterable[i
             analysis = one.compile().memory_analysis()
             most = max(most, getattr(analysis, "temp_size_in_bytes", 0))
     return most
-
-
-def resident_bytes() -> int:
-    """Returns the peak memory of this process, in bytes."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def array_bytes(tree: PyTree) -> int:

@@ -16,7 +16,6 @@ COMMAND = [sys.executable, "-m", "experiments.bench_multihop"]
     ("flags", "says"),
     [
         (["--only=golden", "--profiles={folder}"], "golden values of vgg19 skipped: there is no "),
-        (["--only=hops", "--quick"], "hops skipped: they take longer than --quick allows"),
     ],
 )
 def test_what_is_missing_is_said_and_leaves_the_rows_of_another_run(tmp_path, flags, says):

@@ -102,7 +102,7 @@ def test_a_run_that_has_stopped_goes_on_if_what_stopped_it_is_changed(double, tm
     made.run.evaluate_every, made.stop.metric, made.stop.target = 1, "loss", 1e6
     assert rounds_of(support.trained(made, SAMPLES)) == [0]
     made.run.resume = "auto"
-    says = r"has ended after 1 rounds, since loss .* has reached stop\.target=.*: change stop\.\*"
+    says = r"has ended after 1 rounds, since loss .* has reached stop\.target=.*: change what has"
     with pytest.raises(ConfigError, match=says):
         support.trained(made, SAMPLES)
     made.stop = StopConfig()
