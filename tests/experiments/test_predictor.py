@@ -60,6 +60,7 @@ def test_what_is_in_the_way_is_told_before_anything_is_timed(tmp_path: Path) -> 
     assert taken.read_text() == "somebody's" and not made.exists()
 
 
+@pytest.mark.soak
 def test_a_network_that_is_not_timed_is_an_error_beside_one_that_is(tmp_path: Path) -> None:
     arguments = ("--quick", "--networks=mlp,abacus", "--variants=core")
     found = run("collect_latency", f"--out={tmp_path / 'times.npz'}", *arguments)

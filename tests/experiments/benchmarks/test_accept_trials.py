@@ -112,6 +112,7 @@ def test_near_plans_are_the_fastest_partitions_first() -> None:
     assert len(orders) == 3 + 6 + 6
 
 
+@pytest.mark.soak
 def test_plans_of_a_chain_are_trained_in_one_run(tmp_path: Path) -> None:
     config = trials.base_config(tmp_path, "mlp", 4, 1, "none")
     config.server.cpus = config.devices.defaults.cpus = ""

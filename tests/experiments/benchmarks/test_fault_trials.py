@@ -26,6 +26,7 @@ def test_kills_reach_every_method_every_kind_of_host_and_every_phase():
     assert {"d0", "d1", "d2", "n1", "n2", COORDINATOR, LAUNCHER} == {one.victim for one in kills}
 
 
+@pytest.mark.soak
 def test_a_killed_device_is_seen_to_be_left_out_and_no_process_stays(tmp_path):
     kill = Kill("fl", "d1", "training", 2, 0.5)
     outcome = fault_trials.try_kill(tmp_path, kill, 0)

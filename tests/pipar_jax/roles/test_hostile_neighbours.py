@@ -125,7 +125,7 @@ def not_decodable(contents):
     return Encoded("bits:8", np.full(64, 255, np.uint8), contents.dtype, contents.shape)
 
 
-@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("checked", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_a_payload_that_the_server_cannot_decode_costs_a_device_and_not_the_run(
     tmp_path, monkeypatch, checked
 ):
