@@ -205,7 +205,8 @@ def test_a_worker_whose_coordinator_does_nothing_ends_too(alone, monkeypatch):
     worker.host.actions = 3
     with pytest.raises(PeerError, match=r"no progress for 0\.3 s: 'a word' is missing from the"):
         worker.follow()
-    assert [one["type"] for one in link.said] == ["echoed", "pulse"]
+    # In either order: on a busy machine the pulse may be due before the question is read.
+    assert sorted(one["type"] for one in link.said) == ["echoed", "pulse"]
 
 
 def test_a_device_that_is_interrupted_says_so(alone):
