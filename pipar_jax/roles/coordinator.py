@@ -279,7 +279,6 @@ class Coordinator:
 
     def _facts(self, rounds: int) -> JsonObject:
         """Returns what a checkpoint holds of the run beside its arrays, JSON-ready."""
-        base = self._setup.preparation(COORDINATOR).base
         return {
             "demand": list(self._results.demand),
             "steps": self._begun_with,
@@ -291,7 +290,7 @@ class Coordinator:
             "stopped": self._start.stop_rule.reason,
             "signature": SIGNATURE.write(self._model.signature),
             "frozen": {unit.name: sorted(unit.frozen) for unit in self._model.units if unit.frozen},
-            "base": dict(zip(self._model.unit_names, base, strict=False)),
+            "base": dict(zip(self._model.unit_names, self._setup.base_digests, strict=False)),
         }
 
     # --- before the first round ---------------------------------------------------------------

@@ -185,6 +185,11 @@ class HostSetup:
         self._prepared = True
         self._run_log.prepared(compile_s, seconds, needs)
 
+    @property
+    def base_digests(self) -> tuple[str, ...]:
+        """For each unit the digest of its weights in the base file; see ``BaseFile.digests``."""
+        return self._base.digests
+
     def preparation(self, name: str) -> messages.Prepare:
         """Returns what a host is told of the plan."""
         steps = self._prepared_steps.of(name)
@@ -193,7 +198,7 @@ class HostSetup:
             self.samples,
             tuple(self._table.steps(one) for one in steps),
             self._checkpoints.run,
-            self._base.digests,
+            self.base_digests,
         )
 
     def welcome(self, name: str) -> None:
