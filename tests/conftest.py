@@ -122,6 +122,11 @@ def _sockets() -> frozenset[str]:
 
 def _children() -> frozenset[tuple[int, str]]:
     """Return the child processes, (pid, command line), with dead ones that nobody waited for."""
+    if hasattr(os, "waitid"):
+        try:  # most tests start none: the kernel says so at once, where a look at all takes 3 ms
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return frozenset()
     found = set()
     for child in psutil.Process().children(recursive=True):
         try:

@@ -7,6 +7,7 @@ import re
 from pipar_jax.aggregation.rules import RULE_NAMES
 from pipar_jax.config import (
     OWN_SOURCES,
+    AggregationConfig,
     Config,
     DataConfig,
     DevicesConfig,
@@ -66,7 +67,7 @@ def check_registered(
         if method.pipelined:
             _check_micro_batches(config.data.batch_size, hosts)
     _check_cohort(config, method)
-    _check_proximal(config, method)
+    _check_averages(config, method)
     check_robust(config, method)
     check_privacy(config, models, reads_data=reads_data)
     _check_pattern(config.aggregation.personal, "aggregation.personal")
@@ -286,12 +287,23 @@ def _check_cohort(config: Config, method: Method | None) -> None:
         )
 
 
-def _check_proximal(config: Config, method: Method | None) -> None:
-    """Checks that there is an average to which FedProx's term can pull."""
-    mu, given = config.aggregation.proximal_mu, split_list(config.tuner.methods)
+#: Fields of averages alone, and what they do there.
+OF_AVERAGES = {
+    "proximal_mu": "pulls weights to those of the last average",
+    "rule": "says how updates are averaged",
+    "learning_rate": "scales averaged updates",
+    "weighted": "weights the average",
+}
+
+
+def _check_averages(config: Config, method: Method | None) -> None:
+    """Checks that there are averages, where a field of theirs is set."""
+    set_, default = config.aggregation, AggregationConfig()
+    changed = [one for one in OF_AVERAGES if getattr(set_, one) != getattr(default, one)]
+    given = split_list(config.tuner.methods)
     chosen = given if method is None else (method.name,)
     turns = [name for name in chosen if name in in_turns()]
-    if not mu or not turns:
+    if not changed or not turns:
         return
     if method is None:
         field = f"tuner.methods={config.tuner.methods!r} may choose {turns[0]}, where"
@@ -301,7 +313,9 @@ def _check_proximal(config: Config, method: Method | None) -> None:
         field = f"with method={method.name}"
         averaging = [name for name in server_methods() if name not in in_turns()]
         remedy = f"a method that averages ({', '.join(averaging)})"
+    one = changed[0]
     raise ConfigError(
-        f"aggregation.proximal_mu={mu:g} pulls weights to those of the last average, and {field} "
-        f"devices take turns and nothing is averaged: leave it 0, or use {remedy}"
+        f"aggregation.{one}={getattr(set_, one)} {OF_AVERAGES[one]}, and {field} "
+        f"devices take turns and nothing is averaged: leave it {getattr(default, one)}, or use "
+        f"{remedy}"
     )

@@ -106,13 +106,13 @@ class Host:
     # --- what the owner calls, from any thread ------------------------------------------------
 
     def belong_to(self, run: str) -> None:
-        """Notes the run that a device's file of personal weights belongs to.
+        """Notes the run that a device's personal weights belong to; those of another one go.
 
         Args:
           run: The run's own name, which no other run has.
         """
         if self.share.personal is not None:
-            self.share.personal.run = run
+            self.share.personal.belong_to(run)
 
     def prepare(self, plan: Plan, samples: Sequence[int], steps: Sequence[int]) -> None:
         """Builds and compiles this host's stages; answers ``prepared``.

@@ -46,6 +46,18 @@ class PersonalWeights:
         self._drawn = self._held
         self.run, self.rounds = "", 0
 
+    def belong_to(self, run: str) -> None:
+        """Notes the run that they are of; those of another one, which is over, are left behind.
+
+        A device's process may outlive a run, and join the next.
+
+        Args:
+          run: The run's own name, which no other run has.
+        """
+        if self.run and run != self.run:
+            self._held, self.rounds = self._drawn, 0
+        self.run = run
+
     def take(self, replicas: Iterable[Replica], rounds: int) -> None:
         """Takes over what replicas have trained in a round that counts.
 

@@ -17,6 +17,7 @@ from pipar_jax import config as configuration
 from pipar_jax.config import Config, HostSpec, difference, schema
 from pipar_jax.config.slowdown import Slowdown
 from pipar_jax.errors import ConfigError
+from pipar_jax.methods.checks import OF_AVERAGES
 from pipar_jax.methods.registry import METHODS, hosts_of, uses_nodes
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import HostKind, Order
@@ -61,10 +62,15 @@ def test_fields_of_the_cohort_that_do_not_go_together_are_told(fields: dict, say
         resolve(config)
 
 
+#: What changes an average, with a value that is not the default's.
+AVERAGES = {"proximal_mu": 0.1, "rule": "fedavgm", "learning_rate": 0.5, "weighted": False}
+
+
+@pytest.mark.parametrize("field", AVERAGES)
 @pytest.mark.parametrize("method", METHODS)
-def test_fedprox_is_refused_where_nothing_is_averaged(method: str) -> None:
+def test_what_changes_an_average_is_refused_where_nothing_is_averaged(method, field) -> None:
     config = Config(method=method)
-    config.aggregation.proximal_mu = 0.1
+    setattr(config.aggregation, field, AVERAGES[field])
     if uses_nodes(method):
         config.nodes.count = 1
     if METHODS[method].one_device:
@@ -72,19 +78,24 @@ def test_fedprox_is_refused_where_nothing_is_averaged(method: str) -> None:
     if METHODS[method].order != Order.SEQUENTIAL:
         resolve(config)
         return
-    says = rf"^aggregation\.proximal_mu=0\.1 .* method={method} devices take turns .*: leave it 0"
+    says = rf"^aggregation\.{field}={AVERAGES[field]} .* method={method} devices take turns .*leave"
     with pytest.raises(ConfigError, match=says):
         resolve(config)
 
 
-def test_fedprox_is_refused_where_the_tuner_may_choose_to_average_nothing() -> None:
+@pytest.mark.parametrize("field", AVERAGES)
+def test_an_average_that_the_tuner_may_choose_not_to_make_is_refused(field) -> None:
     config = Config(method="auto")
-    config.aggregation.proximal_mu = 0.1
+    setattr(config.aggregation, field, AVERAGES[field])
     says = r"tuner\.methods='fl,sl,sfl,pipar' may choose sl, .* tuner\.methods=fl,sfl,pipar$"
     with pytest.raises(ConfigError, match=says):
         resolve(config)
     config.tuner.methods = "fl,sfl,pipar"
     resolve(config)
+
+
+def test_every_field_of_averages_is_tried() -> None:
+    assert set(AVERAGES) == set(OF_AVERAGES)
 
 
 @pytest.mark.parametrize(

@@ -300,3 +300,20 @@ def test_a_file_of_another_run_is_kept_and_its_weights_are_refused(double, tmp_p
         load(runs[0].folder, support.chain(), device=0)
     aside.replace(files[0])
     load(runs[0].folder, support.chain(), device=0)
+
+
+def test_a_process_that_outlives_its_run_begins_the_next_with_the_weights_of_the_start(tmp_path):
+    made = as_trained(setting(tmp_path, "fl"), support.chain())
+    drawn = PersonalWeights(made, 0).tensors()
+    weights = PersonalWeights(made, 0)
+    weights.belong_to("a" * 32)
+    trained = {name: array + 1 for name, array in drawn.items()}
+    weights.recall(trained, 3)
+    weights.belong_to("a" * 32)  # resumed
+    assert weights.rounds == 3
+    for name, array in weights.tensors().items():
+        np.testing.assert_array_equal(array, trained[name])
+    weights.belong_to("b" * 32)
+    assert (weights.run, weights.rounds) == ("b" * 32, 0)
+    for name, array in weights.tensors().items():
+        np.testing.assert_array_equal(array, drawn[name])
