@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import gc
@@ -58,8 +59,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that hold durations to limits: `make soak` runs them as well."""
+    """Marks what `make soak` runs: all long cases of a list, and what holds durations to limits."""
+    cases: collections.Counter[str] = collections.Counter()
     for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is not None and item.get_closest_marker("soak") is None:
+            every, *first = mark.args
+            of = item.nodeid.partition("[")[0]
+            if (cases[of] - (first[0] if first else 0)) % every:
+                item.add_marker(pytest.mark.soak)
+            cases[of] += 1
         if "quiet" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timed)
 

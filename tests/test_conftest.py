@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from tests.conftest import Resources, held
+from tests.conftest import Resources, held, pytest_collection_modifyitems
 
 
 def test_a_thread_is_seen_until_it_ends() -> None:
@@ -54,3 +54,27 @@ def test_a_limit_of_time_is_held_where_durations_say_something() -> None:
         pass
     with held(False, 3.0, clock(10.0, 15.0)):
         pass
+
+
+class Case:
+    """What is asked of a case of a list."""
+
+    def __init__(self, number: int, *args: int, soak: bool = False) -> None:
+        self.nodeid, self.fixturenames = f"tests/test_x.py::test_y[{number}]", ()
+        self.marks = {"sampled": pytest.mark.sampled(*args).mark}
+        if soak:
+            self.add_marker(pytest.mark.soak)
+
+    def get_closest_marker(self, name: str) -> pytest.Mark | None:
+        return self.marks.get(name)
+
+    def add_marker(self, made: pytest.MarkDecorator) -> None:
+        self.marks[made.name] = made.mark
+
+
+@pytest.mark.parametrize(("args", "run"), [((3,), [0, 3, 7]), ((3, 1), [1, 5, 8]), ((1,), None)])
+def test_a_sample_of_a_list_is_run_and_all_of_it_in_soak(args, run) -> None:
+    cases = [Case(number, *args, soak=number == 4) for number in range(9)]
+    pytest_collection_modifyitems(cases)
+    kept = [number for number, case in enumerate(cases) if "soak" not in case.marks]
+    assert kept == ([n for n in range(9) if n != 4] if run is None else run)

@@ -74,6 +74,7 @@ def chosen() -> list:
     ]
 
 
+@pytest.mark.sampled(2, 1)
 @pytest.mark.parametrize(("name", "method"), chosen())
 def test_a_foreign_problem_is_learned(name: str, method: str, tmp_path: Path) -> None:
     (command,) = [one for one in COMMANDS if f":{name}" in one]

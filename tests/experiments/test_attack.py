@@ -23,6 +23,7 @@ PRIVATE = ("--config.privacy.noise=2", "--config.privacy.activation_clip=0.5",
            "--config.privacy.update_clip=1")  # fmt: skip
 
 
+@pytest.mark.soak
 def test_a_step_of_the_attack(tmp_path):
     """Into the current folder, where the picture of an earlier one stays."""
     (tmp_path / "attack.png").write_text("of an earlier attack")
@@ -44,6 +45,7 @@ def test_a_step_of_the_attack(tmp_path):
         assert picture.size == (6 * (12 * 9 + 1), 6 * (2 * 9 + 1))
 
 
+@pytest.mark.soak
 def test_what_is_sent_without_noise_can_be_reconstructed_and_with_noise_not(tmp_path, capsys):
     def error(**privacy):
         config = digits.get_config()

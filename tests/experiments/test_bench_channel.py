@@ -59,6 +59,7 @@ def test_a_heartbeat_passes_on_a_real_slow_link():
         assert beat_s < 0.3
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("binary", ["bench_channel", "bench_codec"])
 def test_the_binaries_say_what_they_do_and_refuse_what_they_do_not_know(binary):
     command = [sys.executable, "-m", f"experiments.{binary}"]

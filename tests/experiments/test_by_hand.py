@@ -34,6 +34,7 @@ def test_server_and_devices_train_together(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "digits" / "weights.safetensors").exists()
 
 
+@pytest.mark.soak
 def test_a_device_may_start_before_the_server(tmp_path: pathlib.Path) -> None:
     import socket
 
@@ -86,6 +87,7 @@ def test_a_server_that_nobody_joins_says_so_in_one_line(tmp_path: pathlib.Path) 
         assert "Traceback" not in server.output
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("victim", "number"),
     [

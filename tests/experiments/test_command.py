@@ -55,6 +55,7 @@ def test_the_users_folder_comes_last_and_ours_before_it(
         assert "" not in path and path.count(str(tmp_path)) == 1
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -107,6 +108,7 @@ def with_closed(numbers: str, *arguments: str) -> int:
     ).returncode
 
 
+@pytest.mark.soak
 def test_a_run_does_not_need_standard_streams(tmp_path: pathlib.Path) -> None:
     small = ["--config.model.name=mlp", "--config.epochs=1", "--config.data.train_samples=64"]
     arguments = ["-m", "experiments.train", "--config=digits", *small]

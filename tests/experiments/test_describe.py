@@ -111,6 +111,7 @@ def test_side_inputs_and_who_takes_them_are_printed(tmp_path):
     assert re.search(r"lengths │ int32\[\] +│ lstm_cell", done.stdout), done.stdout
 
 
+@pytest.mark.soak
 def test_how_much_activations_tell_of_inputs_is_measured_where_it_is_asked_for():
     done = _describe("--config=digits", "--dependence=64")
     assert done.returncode == 0, done.stderr

@@ -42,6 +42,7 @@ def test_it_writes_signed_names_and_never_overwrites(tmp_path):
     assert wrong.returncode == 2 and "not a valid name for a certificate" in wrong.stderr
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("hosts", "says"),
     [

@@ -72,6 +72,7 @@ def test_owners_links_and_memory_count(table: Path) -> None:
     assert shared.returncode == 0, shared.stderr
 
 
+@pytest.mark.soak
 def test_mistakes_end_with_one_line(table: Path) -> None:
     for arguments, message in (
         (["--layers=1"], "--layers=1: write FIRST:STOP in whole numbers"),

@@ -23,6 +23,7 @@ def run(binary: str, *arguments: str, timeout: int = 200) -> subprocess.Complete
     )  # fmt: skip
 
 
+@pytest.mark.soak
 def test_times_are_gathered_and_trained_on(tmp_path: Path) -> None:
     times, network = tmp_path / "times.npz", tmp_path / "network.safetensors"
     found = run("collect_latency", f"--out={times}", "--quick", "--networks=mlp", "--variants=core")
@@ -43,6 +44,7 @@ def test_a_machine_that_this_one_cannot_be_is_an_error(tmp_path: Path) -> None:
     assert found.stderr.strip().splitlines()[-1].startswith("error: --variants=abacus")
 
 
+@pytest.mark.soak
 def test_what_is_in_the_way_is_told_before_anything_is_timed(tmp_path: Path) -> None:
     (taken := tmp_path / "times.npz").write_text("somebody's")
     wrong, made = tmp_path / "no" / "file", tmp_path / "made"

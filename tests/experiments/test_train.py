@@ -136,6 +136,7 @@ def test_ctrl_c_ends_all_processes_at_once(
         assert "Traceback" not in train.output
 
 
+@pytest.mark.soak
 def test_ctrl_c_on_a_terminal_ends_the_live_view_too(tmp_path: pathlib.Path, quiet: bool) -> None:
     # A session of its own, whose terminal the pty becomes: ^C is a signal there. The child takes
     # the terminal itself, since code between fork and exec is not safe once jax has threads.
@@ -221,6 +222,7 @@ def test_no_host_outlives_a_killed_launcher(
             assert all_gone(hosts)
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_on_a_full_disk_the_weights_are_saved_and_one_clear_line_ends_it(
     tmp_path: pathlib.Path, within: Within
@@ -277,6 +279,7 @@ def test_bad_configuration_is_one_clear_line(
         assert "Traceback" not in train.output
 
 
+@pytest.mark.soak
 def test_a_function_of_ones_own_that_fails_is_told_with_its_line_and_the_log(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

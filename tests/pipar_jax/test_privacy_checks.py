@@ -110,6 +110,7 @@ def test_every_method_says_what_is_missing_for_privacy(method):
         resolve(made(values))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_networks_without_batch_statistics_are_those_listed(name):
     import stages

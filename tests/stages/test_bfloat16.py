@@ -35,7 +35,7 @@ def sample(model: stages.Model):
     [
         ("cnn", "batch"),
         pytest.param("small_resnet", "group", marks=pytest.mark.soak),
-        ("decoder_small", "group"),
+        pytest.param("decoder_small", "group", marks=pytest.mark.soak),
     ],
 )
 def test_gradients_are_those_of_float32_within_the_error_of_bfloat16(name, norm):

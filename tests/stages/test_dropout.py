@@ -35,6 +35,7 @@ def _model():
     return stages.Model.from_units("dropped", units, (6,), 3)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("cuts", [(), (1,), (2,)])
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_gradients_do_not_depend_on_cut_or_micro_batches(cuts, count):

@@ -45,6 +45,7 @@ def model(request) -> stages.Model:
     return request.param()
 
 
+@pytest.mark.sampled(2, 1)
 def test_what_is_trained_has_the_gradient_that_it_has_with_all_weights(model):
     some = model.training("lora", seed=2)
     params, state = model.init(2)

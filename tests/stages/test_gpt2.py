@@ -193,6 +193,7 @@ def test_adapters_are_the_formula_of_the_paper():
     )  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("cuts", [(1,), (2, 3)])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_split_fine_tuning_has_the_gradients_of_the_whole_network(cuts, micro_batches):

@@ -32,6 +32,7 @@ def _dense(inputs, outputs):
     return lambda rngs: Dense(inputs, outputs, rngs=rngs)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.soak] * (n in DEEP)) for n in COUNTS]
 )

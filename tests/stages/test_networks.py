@@ -18,7 +18,16 @@ IMAGES = tuple(
 # Compiling these takes long.
 SLOW = ("vgg16", "vgg19", "resnet50", "resnet101", "mobilenetv3_large")
 # Of these families a smaller one is tested as well: `make soak` tests them too.
-LARGE = ("vgg11", "vgg16", "vgg19", "resnet50", "resnet101", "mobilenetv3_large")
+LARGE = (
+    "vgg8",
+    "vgg11",
+    "vgg16",
+    "vgg19",
+    "resnet50",
+    "resnet101",
+    "mobilenetv3_small",
+    "mobilenetv3_large",
+)
 
 
 def _cuts(model: stages.Model) -> tuple[int, ...]:
@@ -65,6 +74,7 @@ def test_every_cut_by_itself_equals_the_whole(name):
         _check(model, (cut,))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("cuts", [(), (1, 3, 5)])
 def test_the_decoder_trains_on_tokens(cuts):
     model = stages.build("decoder_small", input_shape=(12,), classes=30, dropout=0.1)
@@ -100,6 +110,7 @@ def test_the_decoder_does_not_look_ahead():
     assert not np.allclose(a[0, 5:], b[0, 5:], atol=1e-6)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["vgg19", "resnet50", "mobilenetv3_large", "vit_small"])
 @pytest.mark.parametrize("shape", [(32, 32, 3), (28, 28, 1)])
 def test_networks_take_both_kinds_of_images(name, shape):

@@ -234,6 +234,7 @@ def test_what_was_clipped_is_counted(model):
     assert metrics[CLIPPED].tolist() == [0, 0, 7]
 
 
+@pytest.mark.sampled(2, 1)
 @pytest.mark.parametrize("together", [3, 7])
 def test_gradients_are_summed_in_pieces_that_fit(model, monkeypatch, together):
     of = release(model, noise=1.0, activation_clip=2.0, gradient_clip=0.06)
@@ -321,6 +322,7 @@ def drawing_models():
     yield "function", stages.trace(noisy, jnp.ones((1, 4)), params=params)
 
 
+@pytest.mark.sampled(2, 1)
 @pytest.mark.parametrize(("name", "model"), list(drawing_models()), ids=lambda one: str(one)[:10])
 def test_the_gradient_is_of_the_masks_that_were_sent(name, model):
     """Whatever draws: an activation and its gradient have the same mask for each example."""

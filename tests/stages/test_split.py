@@ -22,6 +22,7 @@ def vgg():
     return model, params, state, x, y, step(model, (), params, state, x, y)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("cut", [1, 2, 3, 4])
 def test_vgg5_split_at_every_cut_equals_the_whole(vgg, cut):
     model, params, state, x, y, whole = vgg
@@ -39,6 +40,7 @@ def test_rematerialised_stages_give_the_same_gradient(vgg, rematerialise):
     assert_close(step(model, (2,), params, state, x, y, 1, rematerialise), whole, 1e-5, 1e-7)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_float64_whole_gradient_equals_jax_grad_of_the_mean_loss(norm):
     with jax.enable_x64(True):
@@ -60,6 +62,7 @@ def test_float64_whole_gradient_equals_jax_grad_of_the_mean_loss(norm):
         assert_close(actual, expected, 1e-12)
 
 
+@pytest.mark.soak
 def test_float64_every_cut_and_micro_batch_count_accumulates_the_mini_batch_gradient():
     with jax.enable_x64(True):
         model = small_resnet(jnp.float64, "group")

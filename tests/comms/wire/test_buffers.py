@@ -43,6 +43,7 @@ def test_a_dead_and_released_buffer_is_reused():
     assert pool.idle_bytes >= SIZE
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "view_of",
     [

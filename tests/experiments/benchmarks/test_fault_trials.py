@@ -35,6 +35,7 @@ def test_a_killed_device_is_seen_to_be_left_out_and_no_process_stays(tmp_path):
     assert not watched.processes_of(tmp_path)
 
 
+@pytest.mark.soak
 def test_a_server_trains_with_fakes_that_come_and_go(tmp_path):
     held = population_trials.train(tmp_path, Crowd(8, 4, 2, 6))
     assert [one.round for one in held] == [1, 2, 3, 4, 5, 6]

@@ -8,6 +8,7 @@ from experiments.benchmarks import fine_tuning
 from experiments.benchmarks.fine_tuning import BATCH, CUT, LENGTH, STEPS, WAYS, cost
 
 
+@pytest.mark.soak
 def test_the_figures_follow_from_the_shapes() -> None:
     found = {way.name: cost(way) for way in WAYS if way.method == "pipar"}
     adapters = 4 * 8 * (768 + 3 * 768) * (CUT - 1)

@@ -49,6 +49,7 @@ def test_torch_networks_have_the_same_number_of_parameters(name, stem):
     assert count == stages.parameter_count(ours)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("rematerialise", [False, True])
 def test_a_cut_step_is_prepared_and_timed(monkeypatch, rematerialise, quiet):
     # Allocator settings are for a process of its own.

@@ -20,6 +20,7 @@ def plan(cut: int, n: int = 1) -> Plan:
     return Plan((DeviceOption(cut, n).device_plan(),) * 2)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("short_s", [0.0, pytest.param(60.0, marks=pytest.mark.soak)])
 def test_every_plan_of_a_script_is_trained_for_a_round_that_counts(tmp_path, monkeypatch, short_s):
     monkeypatch.setattr(trials, "SHORT_S", short_s)

@@ -43,6 +43,7 @@ def test_layers_of_every_kind_of_drawn_chain_are_timed_once_each():
     assert kinds == {"reference", "mlp", *collect.CHAINS}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", range(collect.CHAINS["separable"]))
 def test_a_separable_chain_has_depthwise_and_squeezed_layers(seed):
     model = collect.build(f"separable{seed}")

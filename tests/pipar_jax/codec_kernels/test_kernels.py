@@ -40,6 +40,7 @@ def supported(name: str) -> bool:
     return name == "raw" or isinstance(parse_codec(name)[0], BlockCodec | CastCodec)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", [name for name in KERNELS if supported(name)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=str)
 def test_kernels_and_references_agree_byte_by_byte(name, dtype):
@@ -116,11 +117,13 @@ def check_bit_kernels(text: str, arrays: dict[str, np.ndarray]) -> None:
         np.testing.assert_array_equal(actual, desired, err_msg=what)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("text", BIT_CODECS)
 def test_the_bit_kernels_make_and_read_the_bytes_of_comms(text):
     check_bit_kernels(text, odd_arrays())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("text", "dtype"),
     [("bits:3", ml_dtypes.bfloat16), ("bits:rel0.01", np.float16), ("bits:lossless", np.float16)],

@@ -141,6 +141,7 @@ FAILURES = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("acts", "kind", "says"), FAILURES, ids=lambda one: str(one) if isinstance(one, dict) else "-"
 )
@@ -199,6 +200,7 @@ def test_what_a_host_printed_stays_in_its_log_and_in_the_note(
     assert "ValueError: two\nlines" in caught.value.__notes__[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("group", ["run.resume", "model.weights"])
 def test_where_a_run_starts_from_is_read_before_any_other_host_starts(
     config: Config, monkeypatch: pytest.MonkeyPatch, group: str, tmp_path: pathlib.Path
@@ -318,6 +320,7 @@ def started_parent(config: Config, **acts: str) -> Iterator[subprocess.Popen[str
         parent.communicate(timeout=PATIENCE_S)
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize(
     ("number", "act"),
     [

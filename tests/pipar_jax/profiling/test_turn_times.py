@@ -33,7 +33,7 @@ def replicas_of(model, indices) -> dict[int, Replica]:
     return {index: Replica(parts[index], *variables, compiled) for index in indices}
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("cnn", marks=pytest.mark.soak)])
 def test_every_unit_has_times_of_every_size_and_keeps_its_weights(name):
     model = support.model(name, dtype="float32")
     count, compiled = len(model.units), []

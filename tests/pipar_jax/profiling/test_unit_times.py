@@ -88,6 +88,7 @@ def test_a_host_is_measured_once(settings, tmp_path, monkeypatch):
     assert unit_times.measure_host(settings, network, SIZES).seconds > 0
 
 
+@pytest.mark.soak
 def test_a_host_that_has_become_faster_is_measured_anew(settings, tmp_path):
     network = support.model(dtype="float32")
     unit_times.measure_host(settings, network, SIZES)

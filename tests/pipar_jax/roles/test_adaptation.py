@@ -83,6 +83,7 @@ def setting(folder, samples, method="pipar", **values):
     return made
 
 
+@pytest.mark.sampled(2, 1)
 @pytest.mark.parametrize(
     ("method", "script"),
     [

@@ -164,6 +164,7 @@ def test_a_plan_that_a_node_has_no_room_for_is_refused_before_anything_moves(
         support.trained(made, ONE, network)
 
 
+@pytest.mark.soak
 def test_a_chain_leaves_out_a_node_behind_a_slow_link_by_itself(double, network, tmp_path):
     """Between two nodes each step waits for the link's delay twice; one node has no such link."""
     made = setting(tmp_path / "changed", ONE, chain((2, 4), (1, 2), aggregate_every=5), 2)

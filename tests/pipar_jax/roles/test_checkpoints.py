@@ -104,6 +104,7 @@ def test_a_run_of_an_earlier_version_is_read_and_goes_on(tmp_path):
     assert rounds_of(support.trained(resumed(made, 2), SAMPLES)) == [0, 1]
 
 
+@pytest.mark.sampled(2, 1)
 @pytest.mark.parametrize("method", ["sl", "pipar"])
 def test_a_schedule_and_an_own_optimiser_go_on_after_a_resume(double, method, tmp_path):
     def make(folder, epochs, **checkpoint):
@@ -388,6 +389,7 @@ def test_a_checkpoint_that_fails_in_the_background_costs_no_other(double, tmp_pa
     assert rounds_kept(run.folder)[-1] == 3
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("frozen", ["none", "some"])
 @pytest.mark.parametrize("of", ["the run", "a checkpoint"])
 def test_a_run_starts_from_the_weights_of_a_run(double, tmp_path, of, frozen):

@@ -26,6 +26,7 @@ def cases(methods, quick):
             yield pytest.param(method, codec, marks=marks, id=f"{method} {codec}")
 
 
+@pytest.mark.sampled(4, 1)
 @pytest.mark.parametrize(("method", "codec"), list(cases(averaging_methods(), "int4")))
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(double, tmp_path, method, codec):
     def trained(folder, epochs, resume=False):
@@ -62,6 +63,7 @@ class Given:
                         seen.append(np.array(array))
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize(("method", "codec"), list(cases(("pipar", "fl"), "int4")))
 def test_all_that_are_given_the_weights_of_a_moment_are_given_the_same(
     tmp_path, monkeypatch, method, codec

@@ -36,6 +36,7 @@ def told(run):
     return [event["units"] for event in run.kinds("nodes_replaced")], [one for one in rows if one]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("state", ["server", pytest.param("device", marks=pytest.mark.soak)])
 def test_a_resumed_run_has_the_copies_of_the_uninterrupted_one(tmp_path, network, state):
     """A node is lost behind the checkpoint, and before what it has is copied again."""
@@ -69,6 +70,7 @@ def test_what_a_checkpoint_has_of_a_node_is_told_and_replayed_as_a_copy(tmp_path
     assert "checkpoint.every_rounds" in str(other.error)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("state", [pytest.param("server", marks=pytest.mark.soak), "device"])
 def test_a_node_that_was_lost_before_the_checkpoint_has_what_is_left_of_it(
     tmp_path, network, state

@@ -107,6 +107,7 @@ def test_all_can_go_back_to_one_step_at_any_moment(chain):
             assert own - step <= keep(plan, copy, keeps_state=True).wholes
 
 
+@pytest.mark.sampled(4, 3)
 @pytest.mark.parametrize("chain", CHAINS)
 def test_a_device_that_lies_takes_nobody_with_it(chain):
     """Whatever it says: it is out, or all the others can go where it says."""

@@ -183,6 +183,7 @@ def say_goodbye(link):
     link.close("it leaves this neighbour alone")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("act", "says"),
     [(without_credit, "device 0 sent compute node 1 what breaks the channel's protocol: "),
@@ -262,6 +263,7 @@ def test_what_a_device_sends_once_it_is_lost_is_of_no_importance(
     assert replays(made, network, run)
 
 
+@pytest.mark.soak
 def test_a_device_lives_on_when_a_node_sends_it_what_it_must_not(tmp_path, monkeypatch, network):
     """What it says of the node is not believed of one device alone: it goes, and comes back."""
     made = setting(tmp_path, rounds=12, wait_s=0.2)

@@ -106,6 +106,7 @@ def losses():
                 yield pytest.param(method, way, moment, node, id=name, marks=marks)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("method", "way", "moment", "node"), [*losses()])
 def test_a_lost_node_leaves_the_weights_of_the_undisturbed_run(
     tmp_path, monkeypatch, network, method, way, moment, node
@@ -186,6 +187,7 @@ def test_a_run_that_may_not_lose_nodes_ends_with_the_first(tmp_path, network):
     assert isinstance(run.error, PeerError) and "compute node 2" in str(run.error)
 
 
+@pytest.mark.sampled(2, 1)
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_a_node_that_comes_back_takes_its_place_or_is_a_spare(tmp_path, network, nodes):
     """With one node the run waits for it; with two the other takes over, and then the first."""
@@ -210,6 +212,7 @@ def test_a_node_that_comes_back_takes_its_place_or_is_a_spare(tmp_path, network,
     assert difference(run.weights(), conducted(made, samples, network).weights()) < RTOL
 
 
+@pytest.mark.soak
 def test_the_process_of_a_node_is_killed_and_the_run_goes_on(tmp_path):
     made = Config(name="killed", method="accept")
     made.run.dir, made.run.trace, made.model.name = str(tmp_path), "none", "mlp"

@@ -41,6 +41,7 @@ def after(round_, act):
     return when
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("state", ["keep", "reset"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_lost_device_is_left_out_and_the_script_replays_the_run(tmp_path, method, state):
@@ -58,6 +59,7 @@ def test_a_lost_device_is_left_out_and_the_script_replays_the_run(tmp_path, meth
     assert equal(run.weights(), replayed(tmp_path, made, run))
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize("method", mostly("sfl", "sl"))
 def test_a_device_that_is_lost_comes_back_with_the_weights_of_the_moment(tmp_path, method):
     made = config(tmp_path, method, rounds=12, quorum=1, wait_s=0.2)
@@ -76,6 +78,7 @@ def test_a_device_that_is_lost_comes_back_with_the_weights_of_the_moment(tmp_pat
     assert equal(run.weights(), replayed(tmp_path, made, run))
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize("method", mostly("fl", "sfl"))
 def test_a_device_may_join_late(tmp_path, method):
     made = config(tmp_path, method, rounds=12, min_devices=2, quorum=2, wait_s=0.1)
@@ -104,6 +107,7 @@ def test_a_late_device_takes_the_learning_rate_of_the_moment(tmp_path):
         np.testing.assert_allclose(weights[1][name], array, atol=1e-6)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", mostly("fl", "pipar"))
 def test_more_devices_than_configured_take_part_once_they_have_come(tmp_path, method):
     made = config(tmp_path, method, rounds=12, samples=SAMPLES[:2], quorum=2, wait_s=0.1)
@@ -204,6 +208,7 @@ def test_a_device_of_which_something_is_not_finite_is_dropped(tmp_path, nonfinit
     assert all(np.isfinite(array).all() for array in run.weights().values())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", METHODS[:-1])
 def test_a_cohort_is_drawn_from_the_population(tmp_path, method):
     samples = (14, 21, 7, 14, 9)
@@ -256,6 +261,7 @@ def test_epochs_are_counted_where_rounds_are_given(tmp_path, every, rounds):
     assert ended["epoch_seconds"] == pytest.approx(expected)
 
 
+@pytest.mark.sampled(3, 2)
 @pytest.mark.parametrize("method", ["fl", "sfl", "pipar"])
 def test_a_round_that_was_undone_is_done_anew_by_those_that_had_finished(
     tmp_path, monkeypatch, method

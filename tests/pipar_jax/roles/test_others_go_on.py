@@ -93,6 +93,7 @@ def test_who_is_lost_and_back_while_others_end_is_told_to_end_too(tmp_path, monk
     assert "it is gone" in str(run.errors[1])  # and its second part has no error
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("step", [0, 3, pytest.param(4, marks=pytest.mark.soak), 5])
 @pytest.mark.parametrize("method", ["pipar", "mpsl"])
 def test_where_gradients_are_summed_nothing_is_left_of_what_was_not_finite(
@@ -163,6 +164,7 @@ def chunks():
             yield pytest.param(method, first, marks=marks, id=f"{method} {first}")
 
 
+@pytest.mark.sampled(2, 1)
 @pytest.mark.parametrize(("method", "first"), list(chunks()))
 def test_no_number_that_a_device_says_costs_another_one_its_part(
     tmp_path, monkeypatch, method, first

@@ -22,6 +22,7 @@ def points(monkeypatch):
     return Points(monkeypatch)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("state", ["server", "device"])
 @pytest.mark.parametrize("method", ["fl", "pipar"])
 def test_a_device_that_is_at_work_at_a_checkpoint_goes_on_after_it(tmp_path, points, method, state):
@@ -65,6 +66,7 @@ def assert_same_networks(run, other):
         jax.tree.map(np.testing.assert_array_equal, *own)
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize("left", ["its last file", "that of a checkpoint", "nothing"])
 def test_a_device_that_is_started_again_goes_on_with_its_personal_weights(tmp_path, points, left):
     undisturbed = opened(personal(tmp_path / "whole", 4)).run(range(3))
@@ -96,6 +98,7 @@ def test_a_device_that_is_started_again_goes_on_with_its_personal_weights(tmp_pa
         assert_same_networks(run, undisturbed)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("at", ["device_joined", "run_started"])
 def test_a_device_that_comes_after_its_run_was_resumed_has_its_personal_weights(
     tmp_path, monkeypatch, at

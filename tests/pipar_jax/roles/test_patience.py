@@ -155,6 +155,7 @@ def test_a_device_that_says_it_works_where_nothing_takes_long_ends_the_run_too(h
         side.members.collect(messages.Echoed, ("d1",))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", TAKES_LONG)
 def test_a_device_that_compiles_or_times_itself_is_waited_for(hasty, kind):
     side = Coordinator("pipar")

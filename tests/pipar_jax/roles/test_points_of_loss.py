@@ -88,6 +88,7 @@ def right(run, *lost):
     assert {one["device"] for one in run.kinds("device_lost")} <= set(lost)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("method", "point"), list(cases(METHODS, QUICK, every=("pipar",))))
 def test_whoever_is_lost_is_left_out_and_the_script_replays_the_run(
     tmp_path, points, method, point
@@ -106,6 +107,7 @@ def test_whoever_is_lost_is_left_out_and_the_script_replays_the_run(
         assert equal(again, weights)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("method", "point"), list(cases(("fl", "pipar"), ("after its weights",))))
 def test_where_rounds_are_repeated_nothing_is_left_of_a_loss(tmp_path, points, method, point):
     made = setting(tmp_path, method, quorum=3, below="repeat", wait_s=PATIENCE_S)
@@ -140,6 +142,7 @@ def test_a_round_that_is_undone_twice_costs_no_optimiser_its_state(tmp_path, poi
     assert equal(run.weights(), undisturbed)
 
 
+@pytest.mark.sampled(2, 1)
 @pytest.mark.parametrize("codec", [
     pytest.param(name, marks=[] if name in ("raw", "int4") else [pytest.mark.soak])
     for name in codec_names()

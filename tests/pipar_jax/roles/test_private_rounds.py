@@ -23,6 +23,7 @@ def ledger_of(run, noise_at, index):
     return [json.loads(line) for line in (folder / LEDGER).read_text().splitlines()]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("noise_at", ["device", "server"])
 def test_what_was_released_after_the_last_checkpoint_counts(noise_at, tmp_path):
     """The budget is for four rounds: after a crash in the third the second half has one left."""

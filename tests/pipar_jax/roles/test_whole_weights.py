@@ -44,6 +44,7 @@ def test_a_checkpoint_has_the_frozen_weights_of_its_base(adapted):
         np.testing.assert_array_equal(found.tensors[name], array, err_msg=name)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("then", ["changed", "gone", "of a version before"])
 def test_frozen_weights_that_are_not_known_are_named(adapted, tmp_path, then):
     run, own = adapted

@@ -91,6 +91,7 @@ def run(config, other, path, script=()):
     return errors
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_each_unit_that_a_host_holds_has_to_be_the_servers(method, base, tmp_path):
     """For one host of each kind: refused for a unit that it holds, whatever other units are."""
@@ -154,6 +155,7 @@ def test_the_layout_of_the_file_does_not_count(base, tmp_path):
     assert [digest(plain, unit) for unit in plain.units] == [""] * len(plain.units)
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize("then", ["none", "another", "a copy"])
 def test_a_run_goes_on_with_the_file_that_it_began_with(then, base, tmp_path):
     """All hosts agree on whatever is given, so that nobody but the checkpoint would notice."""

@@ -74,6 +74,7 @@ MORE = [
 CASES += [pytest.param(*one, marks=pytest.mark.soak) for one in MORE]
 
 
+@pytest.mark.sampled(2, 1)
 @pytest.mark.parametrize(("nodes", "labels", "weights", "in_flight"), CASES)
 def test_a_chain_averaged_each_step_equals_sgd_on_the_union(
     double, network, nodes, labels, weights, in_flight, tmp_path
@@ -85,6 +86,7 @@ def test_a_chain_averaged_each_step_equals_sgd_on_the_union(
     assert support.largest_difference(run.params, expected) < RTOL
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("weights", ["copy", "shared"])
 def test_ragged_batches_and_changing_shares_do_not_matter_to_plain_sgd(
     double, network, weights, tmp_path

@@ -38,6 +38,7 @@ class Flat(nnx.Module):
         return x.reshape(x.shape[0], -1)
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize(("method", "dtype"), CASES)
 def test_nothing_is_compiled_in_training_and_no_stage_again(
     compiled, method, dtype, tmp_path, request

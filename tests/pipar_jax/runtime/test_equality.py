@@ -51,6 +51,7 @@ def network():
     jax.config.update("jax_enable_x64", False)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("method", "cut", "micro_batches"), chosen(SOME))
 def test_averaged_each_step_equals_sgd_on_the_union(
     double, network, method, cut, micro_batches, tmp_path
@@ -80,6 +81,7 @@ IN_TURN = [
 IN_TURN += [(1, "constant", (14, 14), "step"), (1, "cosine", (13, 20), "epoch")]
 
 
+@pytest.mark.sampled(2, 1)
 @pytest.mark.parametrize(("cut", "schedule", "samples", "hand_on"), IN_TURN)
 def test_split_learning_equals_sgd_on_the_devices_in_turn(
     double, network, cut, schedule, samples, hand_on, tmp_path

@@ -98,6 +98,7 @@ def test_the_base_stays_and_the_adapters_are_the_same_by_every_method(runs, base
                     np.testing.assert_array_equal(array, whole[unit][path])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ["pipar", "mpsl"])
 def test_perplexity_falls(method, base, tmp_path):
     made = setting(tmp_path, method, base)

@@ -140,6 +140,7 @@ def losses():
             yield pytest.param(method, way, moment, late, id=name, marks=marks)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("method", "way", "moment", "late"), [*losses()])
 def test_a_loss_leaves_what_a_run_without_the_device_leaves(method, way, moment, late, tmp_path):
     made, samples = setting(tmp_path, method, way)

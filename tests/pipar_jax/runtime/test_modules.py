@@ -250,6 +250,7 @@ def plain(model, made):
     return found
 
 
+@pytest.mark.sampled(3, 2)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("cut", [1, pytest.param(0, marks=pytest.mark.soak)], ids=["cut", "whole"])
 @pytest.mark.parametrize("index", range(len(NETWORKS)), ids=lambda i: "-".join(NETWORKS[i]))

@@ -155,6 +155,7 @@ class Skips(nnx.Module):
         return self.leave(x + nnx.tanh(self.narrow(nnx.tanh(self.wide(x)))))
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize("method", ["pipar", "fl", "sfl"])
 def test_a_traced_network_trains_as_plain_sgd_does(double, method, tmp_path):
     samples, steps = (17, 33), 5
@@ -170,6 +171,7 @@ def test_a_traced_network_trains_as_plain_sgd_does(double, method, tmp_path):
     assert support.largest_difference(run.params, expected) < 1e-9
 
 
+@pytest.mark.sampled(2, 1)
 @pytest.mark.parametrize("method", ["pipar", "fl"])
 def test_frozen_weights_stay_and_the_others_are_trained(double, method, tmp_path):
     """As plain SGD on the trained ones; what is saved is the whole network."""

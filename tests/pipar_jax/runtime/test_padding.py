@@ -28,6 +28,7 @@ def cases():
     ]
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize(("name", "method"), cases())
 def test_a_run_equals_training_in_one_place_without_padding(
     double, name, method, tmp_path, compiled

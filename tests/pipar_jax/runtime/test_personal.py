@@ -107,6 +107,7 @@ def reference(made: Config, network) -> list:
     return [one for one, _ in own]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", averaging_methods())
 def test_networks_are_those_of_federated_personalisation(double, tmp_path, method):
     network, events = support.chain(), []
@@ -155,6 +156,7 @@ def test_averages_have_fewer_bytes_by_those_of_the_personal_weights(double, tmp_
         assert plain - fewer == personal
 
 
+@pytest.mark.sampled(2, 1)
 @pytest.mark.parametrize("size", [0, 1])
 def test_a_resumed_run_goes_on_with_them(double, tmp_path, size):
     """Also where a round's cohort is sampled, whose optimisers begin fresh."""

@@ -71,6 +71,7 @@ def methods(*some):
     return [pytest.param(one, marks=[pytest.mark.soak] * (one not in some)) for one in METHODS]
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize("method", methods("fl", "pipar", "mpsl"))
 def test_without_noise_to_speak_of_a_private_run_is_the_plain_one(method, tmp_path):
     network = support.model()
@@ -81,6 +82,7 @@ def test_without_noise_to_speak_of_a_private_run_is_the_plain_one(method, tmp_pa
         np.testing.assert_allclose(private[name], array, rtol=1e-6, atol=1e-8, err_msg=name)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", methods("fl", "pipar"))
 def test_every_mini_batch_is_in_the_ledger_once(method, tmp_path):
     made, samples = setting(tmp_path, method, noise=2.0)

@@ -28,6 +28,7 @@ def setting(folder, method, samples, micro_batches=2):
     return made
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize("method", METHODS)
 def test_stages_are_compiled_for_full_mini_batches_alone(compiled, method, tmp_path):
     network = stages.build("mlp", input_shape=support.SHAPE, classes=support.CLASSES)
@@ -45,6 +46,7 @@ def test_stages_are_compiled_for_full_mini_batches_alone(compiled, method, tmp_p
     assert len([name for name in compiled if name in OF_STAGES]) == functions
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("codec", ["raw", "bfloat16", "int8", "bits:8"])
 def test_filled_micro_batches_train_as_those_that_are_not(codec, tmp_path, monkeypatch):
     def run(folder):
@@ -100,6 +102,7 @@ def own(mixes: bool) -> stages.Model:
     return stages.trace(Own(mixes), example, classes=support.CLASSES)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mixes", [False, True])
 @pytest.mark.parametrize("method", ["fl", "pipar"])
 def test_a_network_of_the_users_own_is_tried(compiled, method, mixes, tmp_path):
@@ -140,6 +143,7 @@ def test_what_is_known_of_a_stage_decides_for_later_plans():
         assert sizes.computed == ({8} if settled else {8, 5})
 
 
+@pytest.mark.soak
 def test_a_size_that_was_not_timed_lasts_in_proportion_to_one_that_was(double, tmp_path):
     """Places of a sampled run are timed for full mini-batches, and a device may have fewer."""
     samples = (16, 5)

@@ -55,6 +55,7 @@ def digest(folder: Path) -> str:
     return found.hexdigest()
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize(
     ("method", "shards"),
     [

@@ -154,6 +154,7 @@ def test_a_host_that_rematerialises_trains_the_same(network, tmp_path, monkeypat
         np.testing.assert_allclose(again[key], array, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.soak
 def test_emulated_slowness_stretches_computations(network, tmp_path):
     plain, slow = (
         support.trained(
@@ -173,6 +174,7 @@ def test_emulated_slowness_stretches_computations(network, tmp_path):
         assert median(slow, kind) > 3 * median(plain, kind), kind
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_trains(network, rule, tmp_path):
     made = setting(tmp_path, aggregation__rule=rule, aggregation__proximal_mu=0.01, epochs=3)
@@ -194,6 +196,7 @@ def test_handing_on_costs_the_optimiser_state_too(network, tmp_path):
     assert sent[1] - sent[0] == pytest.approx(part * 4, rel=0.05)  # four turns in two epochs
 
 
+@pytest.mark.soak
 def test_codecs_cost_fewer_bytes_and_little_accuracy(network, tmp_path):
     found = {}
     for codec in ("raw", "bfloat16", "int8", "bits:8", "bits:lossless"):

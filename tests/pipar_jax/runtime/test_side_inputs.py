@@ -127,6 +127,7 @@ def test_the_network_can_be_cut_on_both_sides_of_its_side_inputs(network):
     }  # fmt: skip
 
 
+@pytest.mark.sampled(2, 1)
 @pytest.mark.parametrize(("method", "values"), chosen())
 def test_a_run_equals_centralised_training(double, network, method, values, tmp_path):
     samples = SAMPLES[1:] if METHODS[method].one_device else SAMPLES

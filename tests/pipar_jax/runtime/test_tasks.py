@@ -115,6 +115,7 @@ PAIRS = [
 ]  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_a_task_trained_in_any_way_equals_centralised_training(
     double_numbers, name, method, tmp_path

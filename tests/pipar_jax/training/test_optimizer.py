@@ -143,6 +143,7 @@ def test_every_option_is_tried():
         assert set(choices) - {field.default} <= tried, field.name
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("field", "values", "mu"), CASES)
 def test_units_together_equal_optax_on_the_whole_tree(field, values, mu):
     config = OptimizerConfig(**{"learning_rate": 0.1, **values})
@@ -224,6 +225,7 @@ def test_a_group_without_weights_is_refused():
         optimizer.check_groups(config, ["head/w"])
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "fields",
     [

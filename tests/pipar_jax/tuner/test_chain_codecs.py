@@ -144,6 +144,7 @@ def test_no_tensor_of_a_chain_could_have_more_bits_for_nothing(links):
             assert estimate(stages, slot.with_codec(sharp, rungs[at + 1])).epoch_s > limit_s
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "links", [("4g", "none"), ("none", "4g"), ("wifi", "wifi"), ("lan", "lan"), ("none", "none")]
 )

@@ -155,6 +155,7 @@ def world() -> World:
     return World()
 
 
+@pytest.mark.sampled(2, 1)
 @pytest.mark.parametrize(
     ("host", "wrong"), [pytest.param("n1", 0.2, marks=pytest.mark.soak), ("n2", 0.2), ("n2", 2.5)]
 )

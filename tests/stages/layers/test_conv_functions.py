@@ -30,6 +30,7 @@ GEOMETRIES = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("shape", "out", "geometry"), GEOMETRIES)
 @pytest.mark.parametrize("formulation", [Formulation.XLA, Formulation.PATCHES])
 @pytest.mark.parametrize("patch_bytes", [2000, 30_000])  # runs of a sample; and runs with a rest

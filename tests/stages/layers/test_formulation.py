@@ -64,6 +64,7 @@ def test_a_table_that_cannot_be_written_leaves_the_one_before(tmp_path):
     assert [one.name for one in tmp_path.iterdir()] == ["table.csv"]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "samples",
     [

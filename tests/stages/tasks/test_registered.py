@@ -75,6 +75,7 @@ def test_every_registered_task_is_made_by_its_name() -> None:
     assert tuple(FACTORIES) == TASKS
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "arguments"), CASES, ids=str)
 def test_cuts_and_micro_batches_change_neither_gradients_nor_metrics(
     x64: None, name: str, arguments: dict

@@ -120,12 +120,14 @@ def assert_equal(model: stages.Model, case: Case, samples: int) -> None:
     assert_close(actual, expected, 1e-5, 1e-6)
 
 
+@pytest.mark.sampled(3)
 def test_loss_gradient_and_state_are_the_uncut_networks_at_every_cut(traced):
     case, model = traced
     assert len(model.units) == case.cuts + 1
     assert_equal(model, case, 2)
 
 
+@pytest.mark.sampled(3, 1)
 def test_inference_is_the_uncut_networks(traced):
     case, model = traced
     inputs = batch(case, 3)

@@ -77,6 +77,7 @@ def by_path(model: stages.Model, variables):
     }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", IMAGES)
 def test_a_stage_computes_what_flax_does(name):
     case = CASES[name]

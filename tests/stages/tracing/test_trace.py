@@ -228,6 +228,7 @@ print([(unit.name, list(unit.params), list(unit.state)) for unit in model.units]
 """
 
 
+@pytest.mark.soak
 def test_hosts_agree_on_units_whatever_their_hashes_of_texts():
     found = {
         subprocess.run(
@@ -251,6 +252,7 @@ class Recurrent(nnx.Module):
         return self.head(self.lstm(self.embed(tokens))[:, -1])
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=[] if name in ("function", "lengths") else [pytest.mark.soak])
     for name in networks.CASES
