@@ -140,7 +140,8 @@ class Branches(nnx.Module):
     def __call__(self, x):
         x = nnx.relu(self.norm(self.stem(x)))
         x = jnp.concatenate([nnx.relu(self.left(x)), nnx.tanh(self.right(x))], -1)
-        return self.head(self.joined(x).mean((1, 2)))
+        # Without tanh the mean would be a constant for a batch of one, and gradients rounding alone.
+        return self.head(nnx.tanh(self.joined(x)).mean((1, 2)))
 
 
 class LinenBlock(linen.Module):
