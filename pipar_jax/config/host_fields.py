@@ -168,6 +168,14 @@ class NetworkConfig:
         at_least=0,
         at_most=LONGEST_S,
     )
+    working_s: float = option(
+        7200.0,
+        "seconds for which a host that is waited for may report that it compiles, times itself, "
+        "tunes or evaluates, or keep a transfer going, without an answer or a completed action; "
+        "after that only these are progress (progress_s)",
+        above=0,
+        at_most=LONGEST_S,
+    )
     rejoin_s: float = option(
         0.0,
         "seconds for which a device or compute node tries to come back after it lost the server; "

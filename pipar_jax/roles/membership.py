@@ -177,7 +177,7 @@ class Membership:
         """
         if (member := self.by_name.get(name)) is None:
             return  # its loss has been reported
-        member.owed.add(replies or answers(command))
+        self._owe(name, replies or answers(command))
         try:
             registry.send(member.link, command)
         except ChannelError as error:
@@ -193,11 +193,17 @@ class Membership:
         """Sends a command with named tensors to a member; see ``send``."""
         if (member := self.by_name.get(name)) is None:
             return
-        member.owed.add(replies or answers(command))
+        self._owe(name, replies or answers(command))
         try:
             registry.send_bundle(member.link, command, tensors)
         except ChannelError as error:
             self._failed_sends.add(name, member, error)
+
+    def _owe(self, name: str, replies: Sequence[Reply]) -> None:
+        """Notes what a member owes from now on, if anything is added."""
+        if replies:
+            self.by_name[name].owed.add(replies)
+            self.patience.asked(name)
 
     def broadcast(self, command: ControlMessage) -> None:
         """Sends a command to every member; see ``send``."""
@@ -363,7 +369,7 @@ class Membership:
         elif isinstance(said, messages.Working):
             # Nothing that is asked during a round takes so long: there the clock runs.
             if mail.source == COORDINATOR or self.by_name[mail.source].owed.owes(TAKES_LONG):
-                self.patience.working(mail.source, said.what)
+                self.patience.working(mail.source)
             self.reports.tell_working(mail.source, said.what, said.done, said.of)
         elif isinstance(said, messages.Progress):
             self.reports.note_progress(mail.source, said)

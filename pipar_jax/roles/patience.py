@@ -65,10 +65,14 @@ class Patience:
     Progress is an answer, a transfer under way and, where hosts compute, a pulse: a host's periodic
     report of how many actions are over. The clock is one for all hosts, since most of them wait for
     each other; it stops while nobody is waited for, and while a host that is waited for reports
-    that it compiles or times itself.
+    long work, such as compiling.
+
+    Reports of work cost a host nothing, and it may keep a transfer going for ever. Both together
+    count for ``working_s`` of waiting, however often they are repeated, until the host answers,
+    completes an action or is asked for something else; after that the clock runs.
 
     Args:
-      network: Its ``progress_s`` is the limit, unless it is 0.
+      network: Its ``progress_s`` is the limit, unless it is 0; and its ``working_s``.
       clock: The monotonic clock.
     """
 
@@ -77,7 +81,10 @@ class Patience:
         self._longest_s = 0.0
         self._last_s: dict[str, float] = {}
         self._began_s = self._shown_s = self._paused_s = clock()
-        self._working: dict[str, str] = {}
+        self._working: set[str] = set()
+        #: Since when hosts show nothing but work and transfers; time in which nobody waits is left
+        #: out, since an answer may be there that has not been read.
+        self._since_s: dict[str, float] = {}
         self._actions: dict[str, int] = {}
         self._computing, self._waiter = True, object()
 
@@ -94,7 +101,8 @@ class Patience:
           waiter: Who waits.
         """
         self._computing, self._waiter = computing, waiter
-        self._began_s = self._shown_s = self._paused_s = self._clock()
+        self._skip()
+        self._began_s = self._shown_s = self._paused_s
 
     def pause(self) -> None:
         """Notes that whoever waits does something else for a while."""
@@ -110,17 +118,28 @@ class Patience:
         if waiter is not self._waiter:
             self.begin(computing=computing, waiter=waiter)
             return
+        self._skip()
+
+    def _skip(self) -> None:
+        """Leaves the time since the pause out of all that is measured."""
         now = self._clock()
-        self._shown_s = min(now, self._shown_s + now - self._paused_s)
-        self._paused_s = now
+        away_s, self._paused_s = now - self._paused_s, now
+        self._shown_s = min(now, self._shown_s + away_s)
+        for host, since_s in self._since_s.items():
+            self._since_s[host] = min(now, since_s + away_s)
 
     def progress(self, host: str) -> None:
-        """Records progress of a host."""
+        """Records progress of a host: it has joined, answered, or completed an action."""
+        self._since_s.pop(host, None)
         self._last_s[host] = self._shown_s = self._clock()
+
+    def asked(self, host: str) -> None:
+        """Records that a host has been asked for something, and has all of its time for it."""
+        self._since_s.pop(host, None)
 
     def answered(self, host: str) -> None:
         """Records an answer of a host, which ends its reported work."""
-        self._working.pop(host, None)
+        self._working.discard(host)
         self.progress(host)
 
     def pulse(self, host: str, actions: int) -> None:
@@ -130,15 +149,27 @@ class Patience:
             if self._computing:
                 self.progress(host)
 
-    def working(self, host: str, what: str) -> None:
-        """Records that a host compiles or times itself until its next answer."""
-        self._working[host] = what
-        self.progress(host)
+    def working(self, host: str) -> None:
+        """Records that a host is busy with long work until its next answer."""
+        self._working.add(host)
+        self.transfer(host)
+
+    def transfer(self, host: str) -> None:
+        """Records that a host's link carries more than heartbeats."""
+        now = self._clock()
+        if self._counts(host, now):
+            self._last_s[host] = self._shown_s = now
+
+    def _counts(self, host: str, now: float) -> bool:
+        """Returns whether a host's reported work and transfers still are progress."""
+        return now - self._since_s.setdefault(host, now) <= self._network.working_s
 
     def forget(self, host: str) -> None:
         """Forgets a host that is gone."""
-        for noted in (self._last_s, self._working, self._actions):
-            noted.pop(host, None)  # type: ignore[attr-defined]
+        self._working.discard(host)
+        self._last_s.pop(host, None)
+        self._since_s.pop(host, None)
+        self._actions.pop(host, None)
 
     def check(self, missing: Iterable[str], what: str) -> None:
         """Ends the wait if no host has made progress within the limit.
@@ -152,7 +183,7 @@ class Patience:
         """
         now = self._clock()
         late = list(missing)
-        if not late or any(name in self._working for name in late):
+        if not late or any(name in self._working and self._counts(name, now) for name in late):
             self._shown_s = now
             return
         limit = limit_s(self._network, self._longest_s)
@@ -163,7 +194,18 @@ class Patience:
             f"{long_name(name)} for {now - self._last_s.get(name, self._began_s):.0f} s"
             for name in late
         )
+        spent = [name for name in late if name in self._since_s and not self._counts(name, now)]
         raise PeerError(
             f"no progress for {limit:g} s: {what!r} is missing from {', '.join(since)}, although "
             "the links are up: check what these hosts are doing, or raise network.progress_s"
+            + self._why_spent(spent)
+        )
+
+    def _why_spent(self, hosts: list[str]) -> str:
+        """Returns what is to be added of hosts whose work and transfers count no longer."""
+        if not hosts:
+            return ""
+        return (
+            f" or network.working_s: {', '.join(map(long_name, hosts))} reported work, or kept a "
+            f"transfer going, for more than {self._network.working_s:g} s"
         )

@@ -59,7 +59,7 @@ class Pulses:
             if name not in self._moving:
                 self._moving[name] = Moving(member.link)
             elif self._moving[name].look():
-                self._patience.progress(name)
+                self._patience.transfer(name)
 
     def forget(self, name: str) -> None:
         """Forgets a member that is lost."""
@@ -92,4 +92,4 @@ class OwnPulse:
             self._actions = actions
             registry.send(link, messages.Pulse(actions))
         if self._moving is not None and self._moving.look():
-            self._patience.progress(COORDINATOR)
+            self._patience.transfer(COORDINATOR)

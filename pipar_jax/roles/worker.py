@@ -156,6 +156,7 @@ class Worker:
         Raises:
           PiparError: See ``run_device`` and ``run_node``.
         """
+        self._patience.begin(waiter=self)
         while True:
             item = self._next()
             if isinstance(item, ChannelError):
@@ -166,7 +167,8 @@ class Worker:
             self.admitted = self.admitted or not isinstance(said, messages.Refused)
             self._note(said)
             if isinstance(said, messages.Working):
-                self._patience.working(COORDINATOR, said.what)
+                self._patience.working(COORDINATOR)
+                self._patience.check((COORDINATOR,), "a word")  # the next one may be there already
             else:
                 self._patience.answered(COORDINATOR)
             if (reason := self._course.objection(said)) is not None:
@@ -177,7 +179,9 @@ class Worker:
             if isinstance(said, messages.Finish):
                 self._say_goodbye()
                 return
+            self._patience.pause()  # what this host does is no delay of the coordinator's
             self._do(said, item if item.kind == MessageKind.BUNDLE else None)
+            self._patience.resume(computing=True, waiter=self)
 
     def _do(self, said: ControlMessage, message: Message | None) -> None:
         """Does what a message says that is not the last one."""
@@ -292,7 +296,6 @@ class Worker:
         Raises:
           PeerError: It was told to stop, or the coordinator shows no progress.
         """
-        self._patience.begin()
         while not self._stop.is_set():
             if self.host is not None:
                 self._pulse.beat(self._coordinator, self.host.actions)

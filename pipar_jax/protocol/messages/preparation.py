@@ -31,7 +31,7 @@ class Prepare(ControlMessage):
 
 @message("working", Sender.BOTH)
 class Working(ControlMessage):
-    """The sender is busy with long work, which suspends the deadline.
+    """The sender is busy with long work, which suspends the deadline for ``network.working_s``.
 
     Attributes:
       what: The work.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import random
 import threading
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from pipar_jax.config import Config
 from pipar_jax.errors import PeerError, ProtocolError
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.protocol import messages, registry
-from pipar_jax.roles import admission, waits
+from pipar_jax.roles import admission, membership, waits
 from pipar_jax.roles import worker as workers
 from pipar_jax.roles.patience import Moving, Patience, limit_s, pulse_s
 from pipar_jax.roles.refusals import EVERY_S, FIRST, Refusals
@@ -20,6 +22,7 @@ from pipar_jax.roles.replies import TAKES_LONG, Reply
 from pipar_jax.schedule.plan import COORDINATOR
 from tests.pipar_jax.roles import fakes, generate
 from tests.pipar_jax.roles.test_fuzz import Coordinator, config, loader, network, plan
+from tests.sources import ROOT
 
 
 class Clock:
@@ -30,9 +33,9 @@ class Clock:
         return self.now
 
 
-def waiting(progress_s=0.0):
+def waiting(progress_s=0.0, working_s=7200.0):
     made, clock = Config(), Clock()
-    made.network.progress_s = progress_s
+    made.network.progress_s, made.network.working_s = progress_s, working_s
     found = Patience(made.network, clock)
     found.begin()
     return found, clock
@@ -68,7 +71,7 @@ def test_who_shows_nothing_is_named_with_what_it_owes_the_longest_silent_first()
 
 def test_the_clock_stands_while_a_host_compiles_and_runs_again_when_it_has():
     found, clock = waiting(5.0)
-    found.working("d0", "compiling")
+    found.working("d0")
     clock.now += 1000
     found.check(["d0"], "prepared")
     found.check(["d0", "d1"], "prepared")
@@ -78,6 +81,107 @@ def test_the_clock_stands_while_a_host_compiles_and_runs_again_when_it_has():
     clock.now += 2
     with pytest.raises(PeerError, match="'prepared' is missing from device 1"):
         found.check(["d1"], "prepared")
+
+
+@pytest.mark.parametrize(
+    "show", [Patience.working, Patience.transfer], ids=lambda one: one.__name__
+)
+@pytest.mark.parametrize("every_s", [1, 60, 99])
+def test_work_and_transfers_count_for_working_s_however_often_they_are_shown(show, every_s):
+    found, clock = waiting(100.0, 1000.0)
+    began_s = clock.now
+    with pytest.raises(PeerError) as error:
+        while clock.now < began_s + 10_000:
+            show(found, "d0")
+            found.check(["d0", "d1"], "prepared")
+            clock.now += every_s
+    assert 1000 < clock.now - began_s <= 1000 + 100 + 2 * every_s
+    line = str(error.value)
+    assert "no progress for 100 s: 'prepared' is missing from device 1 for" in line
+    assert line.endswith(
+        "or raise network.progress_s or network.working_s: device 0 reported work, or kept a "
+        "transfer going, for more than 1000 s"
+    )
+
+
+def test_work_and_transfers_take_turns_within_the_same_time():
+    found, clock = waiting(100.0, 1000.0)
+    began_s = clock.now
+    with pytest.raises(PeerError):
+        while clock.now < began_s + 10_000:
+            (found.working if clock.now % 3 else found.transfer)("d0")
+            found.check(["d0"], "prepared")
+            clock.now += 50
+    assert clock.now - began_s <= 1200
+
+
+def test_who_is_silent_once_it_works_is_waited_for_as_long_and_no_longer():
+    """A single program may take all of the time: nothing is reported while it compiles."""
+    found, clock = waiting(100.0, 1000.0)
+    found.working("d0")
+    clock.now += 1000
+    found.check(["d0"], "prepared")
+    clock.now += 100
+    found.check(["d0"], "prepared")
+    clock.now += 1
+    with pytest.raises(PeerError, match=r"missing from device 0 for 1101 s.*network\.working_s"):
+        found.check(["d0"], "prepared")
+
+
+@pytest.mark.parametrize("ends", ["answered", "asked", "pulse", "forget"])
+def test_an_answer_an_action_and_a_question_give_a_host_all_of_its_time_again(ends):
+    found, clock = waiting(100.0, 1000.0)
+    for round_ in range(3):
+        for _ in range(19):
+            found.transfer("d0")
+            found.check(["d0"], "trained")
+            clock.now += 50
+        getattr(found, ends)(*(["d0", round_] if ends == "pulse" else ["d0"]))
+    assert clock.now > 2900
+
+
+def test_actions_give_no_time_where_nobody_computes():
+    found, clock = waiting(100.0, 1000.0)
+    found.begin(computing=False)
+    began_s = clock.now
+    with pytest.raises(PeerError):
+        while clock.now < began_s + 10_000:
+            found.working("d0")
+            found.pulse("d0", int(clock.now))
+            found.check(["d0"], "evaluated")
+            clock.now += 50
+    assert clock.now - began_s <= 1200
+
+
+def test_time_in_which_nobody_waits_is_none_of_a_hosts_work():
+    """Its answer may have come meanwhile; and other waits begin, and end, none of its time."""
+    found, clock = waiting(100.0, 1000.0)
+    found.working("d0")
+    for other in range(9):
+        clock.now += 100
+        found.check(["d0"], "prepared")
+        found.pause()
+        clock.now += 5000
+        if other % 2:
+            found.begin(waiter=other)
+        else:
+            found.resume(computing=True, waiter=None if not other else other - 1)
+    clock.now += 100
+    found.check(["d0"], "prepared")  # 1000 s of waiting
+    clock.now += 100
+    found.check(["d0"], "prepared")
+    clock.now += 1
+    with pytest.raises(PeerError):
+        found.check(["d0"], "prepared")
+
+
+def test_who_works_holds_nobody_up_for_whom_others_do_not_wait():
+    found, clock = waiting(100.0, 1000.0)
+    found.working("d0")
+    clock.now += 101
+    with pytest.raises(PeerError) as error:
+        found.check(["d1"], "prepared")
+    assert "device 0" not in str(error.value) and "working_s" not in str(error.value)
 
 
 def test_a_long_action_makes_the_run_wait_longer():
@@ -168,6 +272,75 @@ def test_a_device_that_compiles_or_times_itself_is_waited_for(hasty, kind):
     timer.start()
     side.members.collect(kind, ("d1",))
     timer.join()
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """A run with deadlines of 100 s and 1000 s, by a clock that stands until it is moved."""
+    made, clock = resolve(config("pipar")), Clock()
+    made.network.progress_s, made.network.working_s = 100.0, 1000.0
+    monkeypatch.setattr("tests.pipar_jax.roles.test_fuzz.config", lambda *named: made)
+    for module in (membership, workers):
+        monkeypatch.setattr(module, "Patience", functools.partial(Patience, clock=clock))
+    return made, clock
+
+
+def held_coordinator(made, clock, monkeypatch, what):
+    """A device says that it works, whenever the coordinator looks."""
+    side = Coordinator("pipar")
+    side.members.send("d1", messages.Calibrate())
+    link, poll = side.links["d1"], side.members.poll
+
+    def say(timeout_s):
+        clock.now += 20
+        link.on_message(fakes.control(link, registry.encode(messages.Working(what, 1, 2))))
+        poll(0.0)
+
+    monkeypatch.setattr(side.members, "poll", say)
+    side.members.collect(messages.Calibrated, ("d1",))
+
+
+def held_worker(made, clock, monkeypatch, what):
+    """The coordinator says that it works, whenever the device looks."""
+    worker, link = workers.Worker(made, "d0", network(), loader(0)), fakes.Link("server")
+    worker.connected(link)
+    get = worker.mail.get
+
+    def say(timeout_s):
+        clock.now += 20
+        link.on_message(fakes.control(link, registry.encode(messages.Working(what, 1, 2))))
+        return get(0.0)
+
+    monkeypatch.setattr(worker.mail, "get", say)
+    worker.follow()
+
+
+#: Whoever takes note of reported work, by its file, and a peer that never reports anything else.
+HELD = {"membership.py": held_coordinator, "worker.py": held_worker}
+
+
+@pytest.mark.parametrize("what", ["compiling", "timing", "tuning", "evaluating"])
+@pytest.mark.parametrize("held", HELD.values(), ids=HELD)
+def test_nobody_waits_for_ever_for_a_peer_that_only_says_that_it_works(
+    alone, timed, monkeypatch, held, what
+):
+    made, clock = timed
+    began_s = clock.now
+    with pytest.raises(PeerError, match=r"no progress for 100 s: .*network\.working_s"):
+        held(made, clock, monkeypatch, what)
+    assert 1000 < clock.now - began_s <= 1200
+
+
+def test_whoever_takes_note_of_reported_work_is_held_up_here():
+    found = set()
+    for path in (ROOT / "pipar_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr == "working":
+                owner = node.value
+                name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+                if "patience" in name:
+                    found.add(path.name)
+    assert found == set(HELD)
 
 
 @pytest.mark.parametrize("hasty", [3.0], indirect=True)
@@ -262,117 +435,3 @@ def test_refusals_are_told_in_bounds_and_counted(monkeypatch):
     assert FIRST < len(events) <= FIRST + 100 / EVERY_S + 1
     refusals.close()
     assert events[-1] == {"event": "refusals", "count": 10_000}
-
-
-class Waiting:
-    """A wait on a clock that the test moves, with mail that is read when it is looked for."""
-
-    def __init__(self, **how):
-        self.patience, self.clock = waiting(10.0)
-        self.members = {name: None for name in ("d0", "d1", "n1", "n2")}
-        self.lost, self.mail = [], []
-        self.how = how
-
-    def begin(self, **how):
-        return waits.Wait(
-            self.patience, self.members, poll=self.poll, may_be_lost=lambda name: name[0] in "dn",
-            lose=self.lose, what="trained",
-            **{"computing": False, "expired": None, **self.how, **how},
-        )  # fmt: skip
-
-    def poll(self, seconds):
-        self.clock.now += seconds
-        if self.mail:
-            self.mail.pop(0)()
-
-    def lose(self, name, error):
-        assert isinstance(error, PeerError)
-        self.lost.append(name)
-        del self.members[name]
-
-    def look(self, wait, seconds, missing):
-        """Looks for so long."""
-        until_s = self.clock.now + seconds
-        while self.clock.now < until_s:
-            wait.look([name for name in missing if name in (*self.members, COORDINATOR)])
-
-
-def test_what_is_done_between_two_waits_is_nobodys_delay():
-    """As an evaluation, after which a device is waited for that has just joined."""
-    side = Waiting()
-    side.look(side.begin(), 5.0, ["d0"])
-    side.clock.now += 1000.0
-    side.look(side.begin(), 9.0, ["d0"])
-    assert not side.lost
-    side.look(side.begin(), 11.0, ["d0"])
-    assert side.lost == ["d0"]
-
-
-def test_what_is_done_between_two_looks_is_nobodys_delay():
-    """As another wait, of which the first one has nothing."""
-    side = Waiting()
-    outer = side.begin(computing=True)
-    for _ in range(2):
-        side.look(outer, 4.0, ["d0"])
-        side.clock.now += 1000.0
-        side.look(side.begin(), 9.0, ["d1"])
-        side.clock.now += 1000.0
-    assert not side.lost
-    side.patience.pulse("d0", 3)
-    side.clock.now += 1000.0
-    side.look(outer, 1.0, ["d0"])
-    side.mail.append(lambda: side.patience.pulse("d0", 4))  # actions that are over count there
-    side.look(outer, 9.9, ["d0"])
-    assert not side.lost
-    side.look(outer, 1.0, ["d0"])
-    assert side.lost == ["d0"]
-
-
-def test_while_nobody_is_waited_for_the_clock_stands():
-    side = Waiting()
-    wait = side.begin()
-    side.look(wait, 1000.0, [])
-    side.look(wait, 9.0, ["d0"])
-    assert not side.lost
-
-
-def test_while_a_device_is_missing_it_is_devices_that_go():
-    """Nodes are not over with a round before their last device is."""
-    side = Waiting()
-    wait = side.begin()
-    side.look(wait, 10.2, ["n1", "d0", "n2"])
-    assert side.lost == ["d0"]
-    side.look(wait, 9.5, ["n1", "n2"])  # they have waited for it, and have as long as it had
-    assert side.lost == ["d0"]
-    side.look(wait, 1.0, ["n1", "n2"])
-    assert side.lost == ["d0", "n1", "n2"]
-
-
-def test_a_wait_may_do_something_else_with_those_that_are_late():
-    found = []
-    side = Waiting(expired=lambda late, error: found.append((list(late), str(error))))
-    side.look(side.begin(), 10.2, ["server", "n1", "d0"])
-    ((late, error),) = found
-    assert set(late) == {"n1", "d0"} and "no progress for 10 s" in error and not side.lost
-
-
-def test_where_nobody_computes_actions_that_are_over_are_no_progress():
-    """Whoever tells of them could keep all others waiting for its answer for ever."""
-    side = Waiting()
-    wait = side.begin()
-    for actions in range(200):
-        side.patience.pulse("d0", actions)
-        side.look(wait, 0.1, ["d0"])
-    assert side.lost == ["d0"]
-    side = Waiting(computing=True)
-    wait = side.begin()
-    for actions in range(200):
-        side.patience.pulse("d0", actions)
-        side.look(wait, 0.1, ["d0"])
-    assert not side.lost
-
-
-def test_the_server_alone_is_nobody_whom_a_run_goes_on_without():
-    side = Waiting()
-    with pytest.raises(PeerError, match="'trained' is missing from the server"):
-        side.look(side.begin(), 10.2, ["server"])
