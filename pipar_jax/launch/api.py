@@ -62,6 +62,7 @@ def train(
     Raises:
       ConfigError: The configuration is not valid, or a function cannot be imported by name.
       DataError: Data or model are not valid or do not match; nothing was started.
+      StageError: The network cannot be made, cut, or trained as configured; nothing was started.
       PiparError: The run failed.
     """
     if not isinstance(config, Config):
@@ -108,6 +109,7 @@ def run_here(
     Raises:
       ConfigError: The run cannot have its folder.
       DataError: Data or model are not valid or do not match; nothing was started.
+      StageError: The network cannot be made, cut, or trained as configured; nothing was started.
       PiparError: The run failed; of several hosts' errors, the first that is not about a peer.
     """
     from pipar_jax.launch.run_folders import check_place, hold_folder

@@ -165,7 +165,9 @@ class _Child:
 
     def error(self) -> PiparError:
         """Returns the error of the child, with its output as a note."""
-        printed = self.log.read_text(encoding="utf-8", errors="replace").strip()
+        printed = ""
+        with contextlib.suppress(OSError):  # the folder may be gone, and the error is still known
+            printed = self.log.read_text(encoding="utf-8", errors="replace").strip()
         error = self._error(printed.rpartition("\n")[2][:300])
         if printed:
             error.add_note(f"{self.log}:\n{printed[-_NOTE_CHARACTERS:]}")

@@ -293,6 +293,7 @@ OF_AVERAGES = {
     "rule": "says how updates are averaged",
     "learning_rate": "scales averaged updates",
     "weighted": "weights the average",
+    "codec": "codes averaged weights",
 }
 
 

@@ -28,6 +28,8 @@ from pipar_jax.runtime.unit_state import Tensors
 
 #: Beyond the arrays themselves: JSON, indices, and one that is being written.
 _SPARE_BYTES = 1 << 20
+#: What Orbax has in the name of a checkpoint that is not complete.
+_UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class Kept(NamedTuple):
@@ -68,6 +70,7 @@ class CheckpointStore:
         Raises:
           DiskError: It cannot.
         """
+        _sweep(self._path)
         number = self._config.keep + bool(self._config.best) + 1  # the one that is being written
         there = len(rounds_kept(self._folder))
         needed = max(number - there, 1) * (nbytes + _SPARE_BYTES)
@@ -266,13 +269,28 @@ def _digest(tensors: Mapping[str, Array]) -> str:
     return digest.hexdigest()
 
 
+#: What Orbax and its libraries say where a disk is full.
+_FULL = ("RESOURCE_EXHAUSTED", "No space left", "Disk quota exceeded")
+
+
+def _sweep(path: Path) -> None:
+    """Removes what is left of checkpoints that could not be written; the next ones need the room.
+
+    Orbax does so when it opens the folder, which a run does after it has looked for room.
+    """
+    for part in path.glob(f"*{_UNFINISHED}*"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def _disk(path: Path) -> Iterator[None]:
     """Turns whatever Orbax raises while it writes into one error that names the folder."""
     try:
         yield
     except Exception as error:
+        _sweep(path)
         words = " ".join(str(error).split())[:300]
-        raise DiskError(
-            f"a checkpoint in {path} cannot be written: {type(error).__name__}: {words}"
-        ) from error
+        reason = f"{type(error).__name__}: {words}"
+        if any(one in str(error) for one in _FULL):
+            reason = "no space is left on the disk"
+        raise DiskError(f"a checkpoint in {path} cannot be written: {reason}") from error

@@ -63,7 +63,8 @@ def test_fields_of_the_cohort_that_do_not_go_together_are_told(fields: dict, say
 
 
 #: What changes an average, with a value that is not the default's.
-AVERAGES = {"proximal_mu": 0.1, "rule": "fedavgm", "learning_rate": 0.5, "weighted": False}
+AVERAGES = {"proximal_mu": 0.1, "rule": "fedavgm", "learning_rate": 0.5, "weighted": False,
+            "codec": "int8"}  # fmt: skip
 
 
 @pytest.mark.parametrize("field", AVERAGES)

@@ -200,6 +200,21 @@ def test_what_a_host_printed_stays_in_its_log_and_in_the_note(
     assert "ValueError: two\nlines" in caught.value.__notes__[0]
 
 
+def test_what_a_host_reported_is_told_where_its_log_is_gone(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = launcher._Child.error
+
+    def gone(child: Any) -> Exception:
+        child.log.unlink()
+        return error(child)
+
+    monkeypatch.setattr(launcher._Child, "error", gone)
+    with pytest.raises(RunError, match="unexpected ValueError: two") as caught:
+        launch(config, monkeypatch, d0="fault")
+    assert not getattr(caught.value, "__notes__", [])
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("group", ["run.resume", "model.weights"])
 def test_where_a_run_starts_from_is_read_before_any_other_host_starts(

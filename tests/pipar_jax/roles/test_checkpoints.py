@@ -313,6 +313,28 @@ def test_a_checkpoint_that_orbax_does_not_write_is_an_error(tmp_path):
     assert rounds_kept(tmp_path) == [4]
 
 
+def test_what_a_checkpoint_that_does_not_fit_has_written_is_removed(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path, CheckpointConfig())
+    tensors = {"0/params/a/w": np.zeros(3, np.float32)}
+    store.save(1, tensors, {}, None)
+    store.wait()
+    folder = tmp_path / CHECKPOINTS
+
+    def full(*_args, **_named):
+        (folder / "2.orbax-checkpoint-tmp" / "part").mkdir(parents=True)
+        raise ValueError(f"RESOURCE_EXHAUSTED: {'x' * 400}: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._manager, "save", full)
+        with pytest.raises(DiskError, match=r"cannot be written: no space is left on the disk$"):
+            store.save(2, tensors, {}, None)
+    store.close()
+    assert [one.name for one in folder.iterdir()] == ["1"]
+    (folder / "3.orbax-checkpoint-tmp").mkdir()
+    CheckpointStore(tmp_path, CheckpointConfig()).check_space(1)
+    assert [one.name for one in folder.iterdir()] == ["1"]
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["a new run", "a resumed one"])
 def test_a_disk_that_is_full_in_training_costs_the_run_its_events_alone(
     double, tmp_path, monkeypatch, again

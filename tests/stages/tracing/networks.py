@@ -140,7 +140,7 @@ class Branches(nnx.Module):
     def __call__(self, x):
         x = nnx.relu(self.norm(self.stem(x)))
         x = jnp.concatenate([nnx.relu(self.left(x)), nnx.tanh(self.right(x))], -1)
-        # Without tanh the mean would be a constant for a batch of one, and gradients rounding alone.
+        # Without tanh a batch of one would have a constant mean, and gradients of rounding alone.
         return self.head(nnx.tanh(self.joined(x)).mean((1, 2)))
 
 
