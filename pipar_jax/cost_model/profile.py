@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from pipar_jax.cost_model.costs import FREE_LINK, LinkModel
@@ -92,7 +93,7 @@ class HostProfile:
         """Checks that the tables are consistent.
 
         Raises:
-          PlanError: Sizes do not increase, or a table has another length.
+          PlanError: Sizes do not increase, a table has another length, or a time is not finite.
         """
         if not self.sizes or list(self.sizes) != sorted(set(self.sizes)) or self.sizes[0] < 1:
             raise PlanError(f"a profile's sizes must be positive and increasing, got {self.sizes}")
@@ -107,6 +108,9 @@ class HostProfile:
                 f"a profile of {units} units needs three times after a rest for each of them, or "
                 f"none, got {len(self.after_rest_s)}"
             )
+        every = (*self.forward_s, *self.backward_s, self.update_s, *self.after_rest_s)
+        if odd := [one for row in every for one in row if not math.isfinite(one)]:
+            raise PlanError(f"a profile's times must be finite, got {odd[0]}")
 
     def slowed(self, factor: float) -> HostProfile:
         """Returns the profile with compute times multiplied by a factor."""

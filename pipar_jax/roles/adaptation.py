@@ -94,7 +94,8 @@ class Adaptation:
         profile, self._units = surveyed.profile, len(model.units)
         self._watch = ProfileTracker(profile, learners(model, surveyed))
         self._choice = Choice(plan, config.tuner.gain)
-        self._candidates = Candidates(config, model, [one.samples for one in profile.devices])
+        self._samples = [one.samples for one in profile.devices]
+        self._candidates = Candidates(config, model, self._samples)
         self._lock = threading.Condition()
         self._index, self._look, self._changing = 0, 0, False
         self._answers: dict[str, messages.LookSeen] = {}
@@ -167,12 +168,15 @@ class Adaptation:
     def _take_answer(self, mail: Mail[messages.LookSeen]) -> None:
         """Records a host's answer to a look."""
         with self._lock:
-            if mail.said.look == self._look:
-                if (reason := odd_seen(mail.said, self._choice.plan, mail.source)) is not None:
-                    self._members.blame(mail.source, f"'seen' with {reason}")
-                    return
-                self._answers[mail.source] = mail.said
-                self._lock.notify_all()
+            if mail.said.look != self._look:
+                return
+            batch_size = self._config.data.batch_size
+            odd = odd_seen(mail.said, self._choice.plan, mail.source, self._samples, batch_size)
+            if odd is not None:
+                self._members.blame(mail.source, f"'seen' with {odd}")
+                return
+            self._answers[mail.source] = mail.said
+            self._lock.notify_all()
 
     def _take_compiled(self, mail: Mail[messages.Compiled]) -> None:
         """Records that a host has compiled a plan, or refuses it."""

@@ -8,7 +8,7 @@ import json
 import pipar_jax
 from comms import Message
 from comms.wire.bounded_json import one_line
-from pipar_jax.config import Config, DataConfig, difference, from_dict, to_json
+from pipar_jax.config import Config, difference, from_dict, to_json
 from pipar_jax.data import Loader
 from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.disk.json_text import JsonObject
@@ -16,8 +16,9 @@ from pipar_jax.errors import ConfigError, ProtocolError
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.messages import JoinDevice, JoinNode
+from pipar_jax.protocol.values import MOST_SPANS
 from pipar_jax.protocol.wire_fields import MOST_WHOLE, shown
-from pipar_jax.schedule.plan import COORDINATOR, host_index, is_node
+from pipar_jax.schedule.plan import COORDINATOR, HandOn, host_index, is_node
 from stages import Model
 
 
@@ -153,7 +154,7 @@ def why_not_join(asked: JoinDevice | JoinNode, config: Config, model: Model) -> 
         )
     if isinstance(asked, JoinNode):
         return None
-    return _odd_model(asked, model) or _odd_counts(asked, config.data, config.epochs)
+    return _odd_model(asked, model) or _odd_counts(asked, config)
 
 
 def _odd_model(asked: JoinDevice, model: Model) -> str | None:
@@ -174,9 +175,9 @@ def _odd_model(asked: JoinDevice, model: Model) -> str | None:
     return None
 
 
-def _odd_counts(asked: JoinDevice, data: DataConfig, epochs: int) -> str | None:
+def _odd_counts(asked: JoinDevice, config: Config) -> str | None:
     """Returns why a device's samples and steps contradict the configuration, or None."""
-    samples, steps = asked.samples, asked.steps
+    samples, steps, data, epochs = asked.samples, asked.steps, config.data, config.epochs
     if not (samples and steps):
         return f"it has no data to train on: {samples} samples, {steps} steps"
     most = data.max_samples
@@ -199,6 +200,12 @@ def _odd_counts(asked: JoinDevice, data: DataConfig, epochs: int) -> str | None:
         return (
             f"its {steps} steps an epoch come to {steps * epochs} in {epochs} "
             f"epochs, at most {MOST_WHOLE} can be counted: lower epochs"
+        )
+    places = hosts_of(config).places
+    if config.pipeline.hand_on == HandOn.STEP and steps * places > MOST_SPANS:
+        return (
+            f"its {steps} steps an epoch would come to {steps * places} turns in a round of "
+            f"{places} devices, at most {MOST_SPANS} can be told: set pipeline.hand_on=epoch"
         )
     return None
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.config import Config
 from pipar_jax.disk.json_text import JsonObject
-from pipar_jax.errors import Interrupted, RunError
+from pipar_jax.errors import Interrupted, PeerError, RunError
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.values import SIGNATURE
 from pipar_jax.roles.chain_repair import ChainRepair
@@ -48,6 +48,7 @@ from pipar_jax.schedule.plan import (
     Plan,
     host_index,
     is_device,
+    long_name,
 )
 from pipar_jax.schedule.rounds import rounds
 from pipar_jax.training.compile import TOLD_S, now_and_then
@@ -122,7 +123,11 @@ class Coordinator:
         self._table = timetable(config, plan, self._begun_with, facts)
         self._private = PrivateRounds(config, plan, self._population, self._table)
         present = [members.by_name[name].identity for name in self._population.present()]
-        self._private.begin(facts.get("private"), present)
+        for name, why_not in self._private.begin(facts.get("private"), present).items():
+            reason = f"{long_name(name)} cannot go on: {why_not}"
+            if not members.hosts.may_lose:
+                raise RunError(reason)
+            members.lose(name, PeerError(reason))
         self._gathering.check_rounds(self._table.rounds)
         if plan.sums_gradients:  # raises PlanError: such devices step together
             known = [one.steps for one in self._population]
@@ -331,9 +336,11 @@ class Coordinator:
         if self._adaptation is not None:
             self._adaptation.start_round(index)
         spans = self._round_start.spans(index, cohort)
-        why_not = self._private.why_not(index, cohort.devices, cohort.taking, spans)
-        if why_not is not None:
-            self._start.stop_rule.reason = why_not
+        spent = self._private.exhausted(index, cohort.devices, cohort.taking, spans)
+        if spent:
+            if self._gathering.go_on_without(spent):
+                return False
+            self._start.stop_rule.reason = next(iter(spent.values()))
             return True
         self._round_start.seat(cohort)
         fresh = self._round_start.bring_up_to_date(cohort)
@@ -408,7 +415,10 @@ class Coordinator:
         if on != "server":
             devices = [name for name in self._setup.idle if is_device(name)]
             task = self._model.task
-            local = evaluate_on_devices(self._members, devices, self._aggregator, task, index)
+            local = evaluate_on_devices(
+                self._members, devices, self._aggregator, task, index,
+                self._config.data.max_samples,
+            )  # fmt: skip
         if on == "devices" and local is not None:
             score = local.overall
         else:

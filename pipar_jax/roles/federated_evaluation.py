@@ -68,7 +68,12 @@ class LocalScores(NamedTuple):
 
 
 def evaluate_on_devices(
-    members: Membership, names: Sequence[str], aggregator: Aggregator, task: Task, index: int
+    members: Membership,
+    names: Sequence[str],
+    aggregator: Aggregator,
+    task: Task,
+    index: int,
+    most: int,
 ) -> LocalScores:
     """Conducts an evaluation on devices.
 
@@ -78,6 +83,7 @@ def evaluate_on_devices(
       aggregator: Has the weights.
       task: What the model is trained for.
       index: The round that is over.
+      most: The most test samples that a device may have.
 
     Raises:
       PeerError: A device was lost, or its metrics are not those of the task.
@@ -89,7 +95,7 @@ def evaluate_on_devices(
     found: dict[int, Totals] = {}
     for name, mail in sorted(members.collect(messages.Evaluated, names).items()):
         said = mail.said
-        if (odd := odd_sums(task, said)) is not None:
+        if (odd := odd_sums(task, said, most)) is not None:
             members.blame(name, f"'evaluated' with {odd}")
             continue
         found[host_index(name)] = Totals(said.loss, said.samples, said.metrics)

@@ -11,8 +11,9 @@ from pipar_jax.methods.registry import is_planned
 from pipar_jax.roles.adaptation import Adaptation
 from pipar_jax.roles.course import odd_plan
 from pipar_jax.roles.membership import Membership
+from pipar_jax.roles.plan_choice import choose_plan
 from pipar_jax.roles.scripted_plans import ScriptedPlans
-from pipar_jax.roles.survey import Surveyed, choose_plan
+from pipar_jax.roles.survey import Surveyed
 from pipar_jax.runtime.host import Host
 from pipar_jax.schedule.plan import Plan
 from stages import Model

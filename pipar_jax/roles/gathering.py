@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pipar_jax.config import Config
@@ -148,6 +149,23 @@ class Gathering:
         others = (one for one in range(self._config.devices.total) if one not in chosen)
         rest = tuple(next(others) for _ in range(self._places - len(chosen)))
         return Cohort((*chosen, *rest), tuple(range(len(chosen))), None)
+
+    def go_on_without(self, spent: Mapping[str, str]) -> bool:
+        """Lets devices go that cannot take part in the round for which they were chosen.
+
+        Args:
+          spent: Why, by the names of the devices.
+
+        Returns:
+          Whether the run goes on; otherwise, where it may not lose them, or too few others are
+          ready, they are still there.
+        """
+        left = len(self._members.population.ready()) - len(spent)
+        if not self._members.hosts.may_lose or self.replays or left < self.needed:
+            return False
+        for name, reason in spent.items():
+            self._members.lose(name, PeerError(reason))
+        return True
 
     def settle(self) -> None:
         """Records which devices have prepared their share of the plan."""

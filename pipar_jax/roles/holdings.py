@@ -24,8 +24,17 @@ from pipar_jax.protocol.registry import peek
 from pipar_jax.protocol.values import MOST_S, Part
 from pipar_jax.runtime import exchanges, trace_rows, unit_state
 from pipar_jax.runtime.unit_state import States, UnitState, Wanted
-from pipar_jax.schedule.actions import ALL, COMPUTE, EVALUATE, Span
-from pipar_jax.schedule.plan import Order, Plan, host_index, is_node
+from pipar_jax.schedule.actions import (
+    ALL,
+    COMPUTE,
+    EVALUATE,
+    UPDATE,
+    ActionKind,
+    Span,
+    batch_samples,
+    micro_batch_sizes,
+)
+from pipar_jax.schedule.plan import DevicePlan, Order, Plan, host_index, is_node
 from pipar_jax.training import optimizer
 from stages import Model
 
@@ -203,22 +212,53 @@ def _summary(wanted: Wanted) -> str:
     return text[:300] or "nothing"
 
 
-def odd_seen(said: LookSeen, plan: Plan, host: str) -> str | None:
-    """Returns an observation that a host reported but that is not its own, or None."""
+def odd_seen(
+    said: LookSeen, plan: Plan, host: str, samples: Sequence[int], batch_size: int
+) -> str | None:
+    """Returns an observation that a host reported but that is not its own, or None.
+
+    So there are no more of them than computations that differ: whoever learns from them keeps
+    something of each.
+
+    Args:
+      said: What it has observed.
+      plan: The plan in force.
+      host: The host.
+      samples: Samples of an epoch of each device.
+      batch_size: Samples of a full mini-batch.
+    """
+    told = set()
     for row in said.rows:
         of = range(len(plan.devices)) if row.device == ALL else (row.device,)
         own = any(
             device < len(plan.devices)
             and row.stage < plan.devices[device].stages
             and plan.host(device, row.stage) == host
+            and row.samples in _sizes(row.kind, samples[device], batch_size, plan.devices[device])
             for device in of
         )
         if not own:
             return f"{tuple(row)}, which is not one of its computations under the plan"
-    for boundary, _ in said.direct:
+        if row[:4] in told:
+            return f"{tuple(row)}, of which it has told already"
+        told.add(row[:4])
+    boundaries = [boundary for boundary, _ in said.direct]
+    for boundary in boundaries:
         if host not in boundary[:2]:
             return f"the link for {tuple(boundary)}, which is not one of its links"
+    if len(set(boundaries)) < len(boundaries):
+        return "a link of which it tells twice"
     return None
+
+
+def _sizes(kind: ActionKind, samples: int, batch_size: int, chain: DevicePlan) -> tuple[int, ...]:
+    """Returns what numbers of samples a computation of a device may be of."""
+    if kind == UPDATE:
+        return (0,)
+    batches = {batch_samples(samples, batch_size, step) for step in (0, samples // batch_size)}
+    return tuple(
+        size for batch in batches for size in micro_batch_sizes(batch, chain.micro_batches)
+    )
 
 
 def unpacked(message: Message, peer: str) -> Mapping[str, Array]:

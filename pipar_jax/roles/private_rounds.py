@@ -36,7 +36,6 @@ from pipar_jax.schedule.plan import (
     device_name,
     host_index,
     is_device,
-    long_name,
 )
 from pipar_jax.training.replica import Noise
 from stages.release import bits_shape
@@ -64,6 +63,7 @@ class PrivateRounds:
         self._more: dict[int, float] = {}  # what ledgers have beyond what was told here
         self._told: dict[str, float] = {}  # what they came to when a device last spoke of its own
         self._guarantees: dict[tuple[int, int], Guarantee] = {}
+        self._exhausted: dict[str, str] = {}  # whose budgets are spent, and why
         self._epsilons: dict[str, float] = {}
         self._noise: ServerNoise | None = None
         if config.privacy.of_users and config.privacy.noise_at == "server":
@@ -101,23 +101,22 @@ class PrivateRounds:
         """What a checkpoint holds of it, JSON-ready."""
         return {"clip": self.clip, "spent": dict(self._told)}
 
-    def begin(self, facts: JsonMapping | None, present: Iterable[Identity]) -> None:
+    def begin(self, facts: JsonMapping | None, present: Iterable[Identity]) -> dict[str, str]:
         """Goes on from what a checkpoint holds of an earlier part of the run.
 
         Args:
           facts: What it holds; None of a new run.
           present: The devices that have joined.
 
-        Raises:
-          RunError: The ledger of one of them lacks what it has released.
+        Returns:
+          The devices that cannot go on, as their ledgers lack what they have released, and why.
         """
         if facts is not None:
             self._told.update(facts["spent"])
             if self._clip is not None:
                 self._clip.resume(facts["clip"])
-        for who in present:
-            if (why_not := self.admit(who)) is not None:
-                raise RunError(f"{long_name(who.name)} cannot go on: {why_not}")
+        asked = {who.name: self.admit(who) for who in present}
+        return {name: why_not for name, why_not in asked.items() if why_not is not None}
 
     def admit(self, who: Identity) -> str | None:
         """Takes what a device that joins says of its ledger, or what the server has for it.
@@ -129,6 +128,8 @@ class PrivateRounds:
         """
         if not self._privacy.on or not is_device(who.name):
             return None
+        if who.name in self._exhausted:
+            return f"its privacy budget is spent: {self._exhausted[who.name]}"
         known, spent, epsilon = self._told.get(who.name, 0.0), who.spent, who.epsilon
         one, folder = self._population[who.index], who.name
         if self._noise is not None:
@@ -164,34 +165,39 @@ class PrivateRounds:
         if self._noise is not None:
             self._noise.close()
 
-    def why_not(
+    def exhausted(
         self, index: int, devices: Sequence[int], taking: Sequence[int], spans: Sequence[Span]
-    ) -> str | None:
-        """Returns why a round would exceed a device's budget; else counts what it will release.
+    ) -> dict[str, str]:
+        """Counts what a round will release, unless it would exceed a device's budget.
 
         Args:
           index: The round.
           devices: The device in each place.
           taking: The places that take part.
           spans: Their steps.
+
+        Returns:
+          The devices whose budgets it would exceed, and why.
         """
         if not self._privacy.on or self._privacy.epsilon is None:
-            return None
-        coming = {}
+            return {}
+        coming, found = {}, {}
         for place in taking:
             one = self._population[devices[place]]
             entries = self._entries(one, [span for span in spans if span.device == place])
             after = self._spending(one).after(entries)
             more = self._more.get(one.index, 0.0)
             if after.spent + more > self._guarantee(one).limit:
-                return (
+                found[device_name(one.index)] = (
                     f"round {index} would bring device {one.index} above privacy.epsilon="
                     f"{self._privacy.epsilon:g}, since steps or rounds were repeated: what was "
                     "released counts"
                 )
             coming[one.index] = after
-        self._spendings.update(coming)
-        return None
+        if not found:
+            self._spendings.update(coming)
+        self._exhausted.update(found)
+        return found
 
     def compile(self, weights: Variables) -> None:
         """Compiles what updates pass before they are averaged.

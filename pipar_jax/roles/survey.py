@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from pipar_jax.config import Config, Hosts
@@ -23,7 +23,7 @@ from pipar_jax.config.texts import whole_numbers
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.errors import PeerError, PlanError
-from pipar_jax.methods.registry import is_planned, plan_for, uses_nodes
+from pipar_jax.methods.registry import uses_nodes
 from pipar_jax.profiling.codec_times import measure_codecs, weight_ratio
 from pipar_jax.profiling.predictor.reference import ReferenceTimes
 from pipar_jax.profiling.rehearsal import measure_message_s
@@ -41,13 +41,8 @@ from pipar_jax.roles.mail import M, Mail
 from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.replies import reply
 from pipar_jax.roles.survey_respondent import two_bundles
-from pipar_jax.runtime import memory
-from pipar_jax.schedule.plan import COORDINATOR, Plan, long_name, node_name
-from pipar_jax.simulator.predict import StageCosts, estimate
+from pipar_jax.schedule.plan import COORDINATOR, device_name, long_name, node_name
 from pipar_jax.training.compile import TOLD_S, now_and_then
-from pipar_jax.tuner.chains import tune_chain
-from pipar_jax.tuner.codec_choice import candidates_for
-from pipar_jax.tuner.search import tune
 from stages import Model
 
 #: Number of round trips of control messages to measure a link's delay.
@@ -68,57 +63,12 @@ class Surveyed(NamedTuple):
       profile: Hosts and links.
       references: For each host with predicted times, those of the reference layers, emulated
         slowness included.
+      devices: What the devices that were there have shown, by name.
     """
 
     profile: Profile
     references: Mapping[str, ReferenceTimes]
-
-
-def choose_plan(
-    config: Config, model: Model, members: Membership, samples: Sequence[int]
-) -> tuple[Plan, Surveyed | None]:
-    """Returns the plan of the configured method (with method=auto the tuner's) and the survey.
-
-    Hosts are asked for a profile only where the tuner or adaptation needs it.
-
-    Args:
-      config: Resolved configuration.
-      model: The whole model.
-      members: The devices, all admitted.
-      samples: Samples that each trains on in an epoch.
-
-    Raises:
-      PeerError: A device was lost or failed while it was asked.
-      PlanError: No plan fits into the hosts' memory.
-    """
-    if not is_planned(config.method, config.pipeline):
-        plan = plan_for(config, model.unit_names)
-        return plan, survey(config, model, members, samples) if config.tuner.adapt else None
-    began_s = time.monotonic()
-    surveyed = survey(config, model, members, samples)
-    members.working("tuning")
-    profile, surveyed_s = surveyed.profile, time.monotonic() - began_s
-    if uses_nodes(config.method):
-        plan = tune_chain(
-            profile,
-            config,
-            lambda one: memory.why_not_fit(model, one, config, samples),
-            [name for name in members.hosts.nodes if name in members.by_name],
-        ).plan
-    else:
-        plan = tune(profile, config)
-    members.tell(
-        {
-            "event": "tuned",
-            "plan": str(plan),
-            "epoch_s": estimate(StageCosts(profile), plan).epoch_s,
-            "survey_s": surveyed_s,
-            "search_s": time.monotonic() - began_s - surveyed_s,
-            "codecs": candidates_for(config, profile).words(),
-            "profile": profile.to_dict(),
-        }
-    )
-    return plan, surveyed
+    devices: Mapping[str, DeviceProfile] = MappingProxyType({})
 
 
 def survey(config: Config, model: Model, members: Membership, samples: Sequence[int]) -> Surveyed:
@@ -151,7 +101,7 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
             config, model, sizes, members.poll, now_and_then(told, TOLD_S), in_turns
         )
     message_s = measure_message_s()
-    asked: list[DeviceProfile | None] = []
+    found: dict[str, DeviceProfile] = {}
     sampled = members.hosts.sampled  # then any device may take any place, and a few are asked
     there = members.population.present() if sampled else members.hosts.devices
     for name, count in zip(there, samples, strict=False):
@@ -161,11 +111,10 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
             up_bytes_s = _rate(functools.partial(_up_s, members, name))
             down_bytes_s = _rate(functools.partial(_down_s, members, name))
         except _AbsentError:  # it may still come, or come back
-            asked.append(None)
             continue
         up = LinkModel(up_bytes_s, delay_s, message_s)
         down = LinkModel(down_bytes_s, delay_s, message_s)
-        asked.append(DeviceProfile(host, count, up, down))
+        found[name] = DeviceProfile(host, count, up, down)
     asked_nodes: list[HostProfile | None] = []
     for name in members.hosts.nodes:
         try:
@@ -178,7 +127,7 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
         batch_size=config.data.batch_size,
         units=server.units,
         server=as_configured(server.host, members.hosts[COORDINATOR]),
-        devices=_completed(asked, samples, alike=sampled),
+        devices=of_places(found, members, samples),
         nodes=_nodes(asked_nodes, members, message_s),
         codecs=codecs,
         window_bytes=config.pipeline.window_mb * 1e6,
@@ -186,7 +135,7 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
         target_bytes=tuple(one.nbytes for one in model.signature.targets.values()),
         side_bytes={name: one.nbytes for name, one in model.signature.sides.items()},
     )
-    return Surveyed(profile, references)
+    return Surveyed(profile, references, found)
 
 
 def numbers_of_plans(config: Config, hosts: Hosts) -> set[int]:
@@ -222,11 +171,11 @@ def _ask_host(
         memory_bytes = values.pop("memory_bytes")
         try:
             reference = ReferenceTimes.from_dict(values)
+            host = predicted_host(config, model, sizes, reference).host
         except PlanError as error:
             members.blame(name, f"'referenced' with invalid times: {error}")
             raise _AbsentError(str(error)) from error
         references[name] = reference
-        host = predicted_host(config, model, sizes, reference).host
         return dataclasses.replace(host, memory_bytes=memory_bytes)
     profiled = _ask(members, name, messages.SurveyProfile(sizes), messages.Profiled)
     host, names = profiled.host, tuple(unit.name for unit in profiled.units)
@@ -258,22 +207,23 @@ def _wait_for(members: Membership, name: str, answer: type[M]) -> Mail[M]:
     return found[name]
 
 
-def _completed(
-    asked: Sequence[DeviceProfile | None], samples: Sequence[int], *, alike: bool
+def of_places(
+    found: Mapping[str, DeviceProfile], members: Membership, samples: Sequence[int]
 ) -> tuple[DeviceProfile, ...]:
     """Returns the profile of each place's device.
 
-    One that was not there counts as the slowest of the others, with the slowest of their links.
+    One that was not there counts as the slowest of the others, with the slowest of their links; so
+    do all where any device may take any place.
 
     Args:
-      asked: The profiles of those that were asked; None of one that was not there.
+      found: The profiles of those that were there, by name.
+      members: The devices and compute nodes.
       samples: Samples of an epoch in each place.
-      alike: Whether any device may take any place, so that all count as the slowest.
 
     Raises:
       PeerError: None was there.
     """
-    known = [profile for profile in asked if profile is not None]
+    known = list(found.values())
     if not known:
         raise PeerError("no device is left that could be asked what it can do: start them again")
     slowest = DeviceProfile(
@@ -282,10 +232,10 @@ def _completed(
         min((profile.up for profile in known), key=_rate_of),
         min((profile.down for profile in known), key=_rate_of),
     )
-    of_places = () if alike else asked
+    own = {} if members.hosts.sampled else found
     return tuple(
-        dataclasses.replace(slowest, samples=count) if profile is None else profile
-        for profile, count in itertools.zip_longest(of_places, samples)
+        own.get(device_name(place)) or dataclasses.replace(slowest, samples=count)
+        for place, count in enumerate(samples)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pipar_jax.protocol import messages
@@ -29,8 +30,13 @@ def odd_sums(
         return "metrics that its task does not have"
     if not said.samples and said.loss:
         return f"a loss of {said.loss:g} without samples"
-    if any(weight < 0 for _, weight in said.metrics.values()):
-        return "a negative weight of a metric"
+    for name, (value, weight) in said.metrics.items():
+        if weight < 0 or math.isinf(weight):
+            return f"a weight of {weight:g} of {name}, expected a finite one from 0 on"
+        # Alone it has no mean, and in a sum it would move that of all others to anywhere, such as
+        # below zero, of which an error has no root.
+        if not weight and value and not math.isnan(value):
+            return f"a sum of {value:g} of {name} without weight, expected 0"
     try:
         task.finish(said.metrics)
     except StageError as error:

@@ -187,7 +187,7 @@ def excess(
     profile = stages.profile
     devices, nodes = profile.devices, profile.nodes
     others = [*(device.host for device in devices), *(node.host for node in nodes)]
-    if not any(host.memory_bytes for host in (profile.server, *others)):
+    if all(host.memory_bytes is None for host in (profile.server, *others)):
         return None
     limits = {
         name: (profile.server if name == COORDINATOR else profile.of(name).host).memory_bytes

@@ -185,7 +185,7 @@ class Task:
 
         Returns:
           The metrics by name; NaN where the latter is zero, such as without a single position
-          that counts.
+          that counts, or where a sum is NaN.
 
         Raises:
           StageError: A metric's ``finish`` failed, or returned something else than a number.
@@ -193,7 +193,9 @@ class Task:
         values: dict[str, float] = {}
         for metric in self.metrics:
             total, weight = sums.get(metric.name, (0.0, 0.0))
-            values[metric.name] = self._finished(metric, total / weight) if weight else math.nan
+            mean = total / weight if weight else math.nan
+            # A ``finish`` may fail for NaN, and the infinite sums of two hosts may cancel.
+            values[metric.name] = mean if math.isnan(mean) else self._finished(metric, mean)
         return values
 
     def _finished(self, metric: Metric, mean: float) -> float:

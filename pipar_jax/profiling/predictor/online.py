@@ -26,7 +26,7 @@ from pipar_jax.profiling.predictor.device_fit import (
 from pipar_jax.profiling.predictor.latency_model import Weights, load
 from pipar_jax.profiling.predictor.operators import Array, Tables
 from pipar_jax.profiling.predictor.predict_host import one_call, predict_host
-from pipar_jax.profiling.predictor.reference import ReferenceTimes
+from pipar_jax.profiling.predictor.reference import LEAST_S, MOST_S, ReferenceTimes
 from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, ActionKind
 from stages import Model
 
@@ -36,6 +36,8 @@ KEPT = 5
 CASES = 256
 #: Factor from which a change of pace is not considered noise.
 PACE = 1.15
+#: Bound of the factor by which a device's pace may have changed since it was measured.
+MOST_PACE = 1e6
 #: Number of updates after which the weight of a case without new times has halved.
 FADING = 8.0
 
@@ -63,7 +65,8 @@ class Learner:
         weights: Weights | None = None,
         tables: Tables | None = None,
     ) -> None:
-        self._model, self._reference = model, reference
+        self._model, self._measured, self._reference = model, reference, reference
+        self._pace = 1.0  # of the reference times now to the measured ones
         self._weights = load() if weights is None else weights
         self._first = reference.observations()
         self._times: dict[Case, collections.deque[float]] = {}
@@ -80,9 +83,9 @@ class Learner:
           case: Kind (F, B, L), first unit, one past the last, samples.
           seconds: Duration.
         """
-        if seconds <= 0:
+        if seconds < LEAST_S:
             return  # below the resolution of the clock
-        self._fresh[case].append(seconds)
+        self._fresh[case].append(min(seconds, MOST_S))
 
     def learn(self) -> Device:
         """Replays all records and returns the new estimate."""
@@ -117,11 +120,12 @@ class Learner:
         factor = statistics.median(changes) if changes else 1.0
         if 1 / PACE < factor < PACE:
             return
-        self._reference = self._reference.slowed(factor)
+        self._pace = min(max(self._pace * factor, 1 / MOST_PACE), MOST_PACE)
+        self._reference = self._measured.slowed(self._pace)
         self._first = self._reference.observations()
         for kept in self._times.values():
             for index, seconds in enumerate(kept):
-                kept[index] = seconds * factor
+                kept[index] = min(max(seconds * factor, LEAST_S), MOST_S)
 
     def predict_s(self, case: Case) -> float:
         """Returns the estimated duration of a stage."""

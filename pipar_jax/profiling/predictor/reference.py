@@ -36,7 +36,9 @@ from stages.layers import Conv, Dense, Flatten, make_norm, max_pool
 BATCH = 16
 #: Minimum number of runs of each function, and their minimum duration: in total less than two
 #: seconds on a device with a twentieth of the speed of a server's core.
-REPEATS, LEAST_S = 3, 0.015
+REPEATS, RUNS_S = 3, 0.015
+#: Limits of a duration: what is beyond them no clock has shown, and logarithms of it spoil a fit.
+LEAST_S, MOST_S = 1e-9, 1e9
 
 
 class _Normalise(nnx.Module):
@@ -173,8 +175,17 @@ class ReferenceTimes:
                 f"a device must report the times of {count} reference layers, got "
                 f"{len(made.forward_s)}: do both hosts have the same version?"
             )
-        if not all(seconds > 0 for seconds in (*made.forward_s, *made.backward_s)):
-            raise PlanError("the times of reference layers must be positive")
+        if not all(LEAST_S <= one <= MOST_S for one in (*made.forward_s, *made.backward_s)):
+            raise PlanError(
+                f"the times of reference layers must be from {LEAST_S:g} to {MOST_S:g} s, got "
+                f"{min(*made.forward_s, *made.backward_s):g} to "
+                f"{max(*made.forward_s, *made.backward_s):g}"
+            )
+        if not all(nbytes >= 1 for nbytes in made.parameter_bytes):
+            raise PlanError(
+                "reference layers have weights of a byte at least, got "
+                f"{min(made.parameter_bytes):g} bytes"
+            )
         return made
 
 
@@ -207,7 +218,7 @@ def time_reference(
     replicas = [Replica(stage, params, state, compiled) for stage in parts]
     run_all(model, replicas, (BATCH,), between=between)  # compiles
     prepared_s = time.monotonic() - began_s
-    found = run_all(model, replicas, (BATCH,), between=between, repeats=REPEATS, least_s=LEAST_S)
+    found = run_all(model, replicas, (BATCH,), between=between, repeats=REPEATS, least_s=RUNS_S)
     times = {(shape.units[0], shape.kind): seconds for shape, seconds in found.items()}
     names = model.unit_names[:-1]
     return ReferenceTimes(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import random
 
@@ -12,9 +11,10 @@ import pytest
 from pipar_jax.errors import RunError
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.registry import KINDS, Sender
-from pipar_jax.protocol.wire_fields import Figure, Maybe, Real, Whole, struct
+from pipar_jax.protocol.wire_fields import Figure, Real, Whole, struct
 from pipar_jax.roles.host_replies import HostReplies
 from pipar_jax.roles.peer_links import PeerLinks
+from tests.pipar_jax.roles import lies
 from tests.pipar_jax.roles.open_runs import (
     OpenRun,
     break_batch,
@@ -122,27 +122,30 @@ HONEST = 2
 LIARS = 6
 
 
+#: What hosts say to whoever asks them, past ``HostReplies``: see ``test_lies``.
+OTHERS = {messages.JoinDevice, messages.JoinNode, messages.LookSeen, messages.Profiled,
+          messages.Referenced, messages.Took}  # fmt: skip
+
+
 @functools.cache
-def lies():
+def all_lies():
     """Each number in each message of a host, replaced by the limits of what its field takes."""
-    found = []
-    for kind in KINDS.values():
-        if kind.sender is not Sender.HOST or kind.name in ("join_device", "join_node"):
-            continue
-        for name, spec in struct(kind.made).of.items():
-            found += [(kind.made, name, value) for value in _limits(spec)]
+    found = [
+        (kind.made, path, value)
+        for kind in KINDS.values()
+        if kind.sender is Sender.HOST and kind.made not in OTHERS
+        for path, spec in lies.numbers(struct(kind.made))
+        for value in _limits(spec)
+    ]
     random.Random(0).shuffle(found)
     return found
 
 
 def _limits(spec):
-    if isinstance(spec, Maybe):
-        return _limits(spec.of)
-    if isinstance(spec, Whole | Real):
-        return [spec.least, spec.most]
     if isinstance(spec, Figure):
-        return [float("nan"), 1e308, -1e308]
-    return []
+        return ["nan", 1e308, -1e308]
+    assert isinstance(spec, Whole | Real)
+    return [spec.least, spec.most]
 
 
 def settings(folder, method):
@@ -159,7 +162,7 @@ def settings(folder, method):
 def chunks():
     """Runs with some liars each: one for each method in `make test`, all of them in `make soak`."""
     for method in ("pipar shared", "mpsl shared", "fl", "sl"):
-        for first in range(0, len(lies()), LIARS):
+        for first in range(0, len(all_lies()), LIARS):
             marks = [pytest.mark.soak] * (first > 0)
             yield pytest.param(method, first, marks=marks, id=f"{method} {first}")
 
@@ -170,14 +173,16 @@ def test_no_number_that_a_device_says_costs_another_one_its_part(
     tmp_path, monkeypatch, method, first
 ):
     made, samples = settings(tmp_path, method)
-    liars = {f"d{HONEST + i}": lie for i, lie in enumerate(lies()[first : first + LIARS])}
+    liars = {f"d{HONEST + i}": lie for i, lie in enumerate(all_lies()[first : first + LIARS])}
     send, lied = HostReplies.send, set()
 
     def lie(self, said, states):
-        kind, field, value = liars.get(self._name, (None, "", 0))
+        kind, path, value = liars.get(self._name, (None, (), 0))
         if type(said) is kind and self._name not in lied:
-            lied.add(self._name)
-            said = dataclasses.replace(said, **{field: value})
+            changed = lies.told(said, path, value)
+            if changed is not None:
+                lied.add(self._name)
+                said = changed
         send(self, said, states)
 
     monkeypatch.setattr(HostReplies, "send", lie)
@@ -186,8 +191,28 @@ def test_no_number_that_a_device_says_costs_another_one_its_part(
     assert run.script()[-1]["commit"][:HONEST] == list(range(HONEST))
 
 
+def test_a_ledger_at_its_budget_costs_its_own_device_its_part(tmp_path, monkeypatch):
+    made = config(tmp_path, "fl", rounds=2, quorum=1, wait_s=0.1)
+    made.privacy.epsilon, made.privacy.unit, made.privacy.update_clip = 8.0, "user", 0.5
+    made.aggregation.weighted = False
+    send = HostReplies.send
+
+    def lie(self, said, states):
+        if type(said) is messages.Stored and self._name == "d2":
+            said = lies.told(said, ("spent",), 1e300)
+        send(self, said, states)
+
+    monkeypatch.setattr(HostReplies, "send", lie)
+    run = OpenRun(made).run(range(3))
+    right(run, 2)
+    assert len(run.kinds("round_finished")) == 2 and not run.kinds("stopped")
+    assert run.script()[-1]["commit"] == [0, 1]
+    (lost,) = run.kinds("device_lost")
+    assert "above privacy.epsilon=8" in lost["reason"]
+
+
 def test_every_number_of_every_message_is_lied_about():
-    kinds = {kind for kind, _, _ in lies()}
+    kinds = {kind for kind, _, _ in all_lies()}
     for kind in (messages.Halted, messages.Rewound, messages.Stored, messages.Progress,
                  messages.NonFinite, messages.Met, messages.Dropped):  # fmt: skip
         assert kind in kinds

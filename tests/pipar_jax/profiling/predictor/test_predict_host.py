@@ -69,7 +69,9 @@ def test_times_of_reference_layers_survive_the_wire_and_nothing_else_does():
     assert ReferenceTimes.from_dict(made.to_dict()) == made
     for change, message in (
         ({"forward_s": made.forward_s[:-1]}, "reference layers, got"),
-        ({"backward_s": (0.0,) * len(made.backward_s)}, "must be positive"),
+        ({"backward_s": (0.0,) * len(made.backward_s)}, "must be from 1e-09 to"),
+        ({"forward_s": (1e10,) * len(made.forward_s)}, "must be from 1e-09 to"),
+        ({"parameter_bytes": (0.0,) * len(made.forward_s)}, "a byte at least"),
         ({"update_s": "often"}, "not the times"),
         ({"nonsense": 1.0}, "not the times"),
     ):
