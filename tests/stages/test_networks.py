@@ -17,7 +17,7 @@ IMAGES = tuple(
 )
 # Compiling these takes long.
 SLOW = ("vgg16", "vgg19", "resnet50", "resnet101", "mobilenetv3_large")
-# Of these families a smaller one is tested as well: `make soak` tests them too.
+# A network of their family, or with their layers, is tested as well: `make soak` tests them too.
 LARGE = (
     "vgg8",
     "vgg11",

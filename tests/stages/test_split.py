@@ -22,7 +22,6 @@ def vgg():
     return model, params, state, x, y, step(model, (), params, state, x, y)
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("cut", [1, 2, 3, 4])
 def test_vgg5_split_at_every_cut_equals_the_whole(vgg, cut):
     model, params, state, x, y, whole = vgg
