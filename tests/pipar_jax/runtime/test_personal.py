@@ -304,7 +304,7 @@ def test_a_file_of_another_run_is_kept_and_its_weights_are_refused(double, tmp_p
     load(runs[0].folder, support.chain(), device=0)
 
 
-def test_a_process_that_outlives_its_run_begins_the_next_with_the_weights_of_the_start(tmp_path):
+def test_a_process_that_outlives_its_run_begins_the_next_with_the_first_weights(double, tmp_path):
     made = as_trained(setting(tmp_path, "fl"), support.chain())
     drawn = PersonalWeights(made, 0).tensors()
     weights = PersonalWeights(made, 0)
