@@ -203,13 +203,14 @@ def test_what_a_host_printed_stays_in_its_log_and_in_the_note(
 def test_what_a_host_reported_is_told_where_its_log_is_gone(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    error = launcher._Child.error
+    read = pathlib.Path.read_text
 
-    def gone(child: Any) -> Exception:
-        child.log.unlink()
-        return error(child)
+    def gone(path: pathlib.Path, *args: Any, **named: Any) -> str:
+        if path.name == "d0.log":
+            path.unlink(missing_ok=True)
+        return read(path, *args, **named)
 
-    monkeypatch.setattr(launcher._Child, "error", gone)
+    monkeypatch.setattr(pathlib.Path, "read_text", gone)
     with pytest.raises(RunError, match="unexpected ValueError: two") as caught:
         launch(config, monkeypatch, d0="fault")
     assert not getattr(caught.value, "__notes__", [])

@@ -11,6 +11,7 @@ import threading
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
 
@@ -325,7 +326,7 @@ def test_what_a_checkpoint_that_does_not_fit_has_written_is_removed(tmp_path, mo
         raise ValueError(f"RESOURCE_EXHAUSTED: {'x' * 400}: No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store._manager, "save", full)
+        patch.setattr(ocp.CheckpointManager, "save", full)
         with pytest.raises(DiskError, match=r"cannot be written: no space is left on the disk$"):
             store.save(2, tensors, {}, None)
     store.close()
