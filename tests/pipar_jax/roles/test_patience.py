@@ -104,15 +104,20 @@ def test_work_and_transfers_count_for_working_s_however_often_they_are_shown(sho
     )
 
 
-def test_work_and_transfers_take_turns_within_the_same_time():
-    found, clock = waiting(100.0, 1000.0)
+def ends_in_time(found, clock, show) -> None:
+    """A host that is waited for shows something every 50 s: the wait ends, and in time."""
     began_s = clock.now
     with pytest.raises(PeerError):
         while clock.now < began_s + 10_000:
-            (found.working if clock.now % 3 else found.transfer)("d0")
+            show()
             found.check(["d0"], "prepared")
             clock.now += 50
     assert clock.now - began_s <= 1200
+
+
+def test_work_and_transfers_take_turns_within_the_same_time():
+    found, clock = waiting(100.0, 1000.0)
+    ends_in_time(found, clock, lambda: (found.working if clock.now % 3 else found.transfer)("d0"))
 
 
 def test_who_is_silent_once_it_works_is_waited_for_as_long_and_no_longer():
@@ -143,14 +148,12 @@ def test_an_answer_an_action_and_a_question_give_a_host_all_of_its_time_again(en
 def test_actions_give_no_time_where_nobody_computes():
     found, clock = waiting(100.0, 1000.0)
     found.begin(computing=False)
-    began_s = clock.now
-    with pytest.raises(PeerError):
-        while clock.now < began_s + 10_000:
-            found.working("d0")
-            found.pulse("d0", int(clock.now))
-            found.check(["d0"], "evaluated")
-            clock.now += 50
-    assert clock.now - began_s <= 1200
+
+    def show() -> None:
+        found.working("d0")
+        found.pulse("d0", int(clock.now))
+
+    ends_in_time(found, clock, show)
 
 
 def test_time_in_which_nobody_waits_is_none_of_a_hosts_work():
